@@ -1,0 +1,91 @@
+"""Language modelling: fairseq's transformer_lm with fast weights in place of its self-attention."""
+
+from dataclasses import dataclass
+
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer_lm import (
+    TransformerLanguageModel,
+    TransformerLanguageModelConfig,
+    base_lm_architecture,
+)
+from fairseq.utils import safe_getattr
+
+from .layers import FastWeightDecoder
+from .loading import ClearLoading
+from .options import SOFTMAX, FastWeightOptions, check_args, set_defaults, transformer_config
+
+
+@dataclass
+class FastWeightLanguageModelConfig(TransformerLanguageModelConfig, FastWeightOptions):
+    """transformer_lm's options and ours. The encoder's and cross-attention's rules are not used."""
+
+
+@register_model("fast_weight_lm", dataclass=FastWeightLanguageModelConfig)
+class FastWeightLanguageModel(ClearLoading, TransformerLanguageModel):
+    """With --update-rule softmax this is fairseq's transformer_lm: same parameters, same outputs."""
+
+    @classmethod
+    def build_model(cls, args, task):
+        """fairseq's model, its decoder rebuilt around the same embeddings unless its attention is softmax."""
+        check_args(args, ("update_rule",))
+        model = super().build_model(args, task)
+        if args.update_rule == SOFTMAX:
+            return model
+        embed_tokens = model.decoder.embed_tokens
+        return cls(
+            FastWeightDecoder(
+                transformer_config(args), task.target_dictionary, embed_tokens, no_encoder_attn=True
+            )
+        )
+
+
+# "fast_weight_lm" itself is registered as an architecture by register_model
+
+
+@register_model_architecture("fast_weight_lm", "fast_weight_lm_tiny")
+def fast_weight_lm_tiny(args):
+    """2 layers of width 64, for trials."""
+    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", 64)
+    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 128)
+    args.decoder_layers = safe_getattr(args, "decoder_layers", 2)
+    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 4)
+    set_defaults(args)
+    base_lm_architecture(args)
+
+
+def _wikitext103(args, width: int) -> None:
+    """The paper's WikiText-103 models: 16 post-norm layers of 8 heads, one tied embedding, no attention biases."""
+    args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", width)
+    args.decoder_input_dim = safe_getattr(args, "decoder_input_dim", args.decoder_embed_dim)
+    args.decoder_output_dim = safe_getattr(args, "decoder_output_dim", args.decoder_embed_dim)
+    args.decoder_ffn_embed_dim = safe_getattr(args, "decoder_ffn_embed_dim", 2048)
+    args.decoder_layers = safe_getattr(args, "decoder_layers", 16)
+    args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 8)
+    args.dropout = safe_getattr(args, "dropout", 0.1)
+    args.activation_dropout = safe_getattr(args, "activation_dropout", 0.1)
+    args.adaptive_input = safe_getattr(args, "adaptive_input", True)
+    args.adaptive_input_factor = safe_getattr(args, "adaptive_input_factor", 1)
+    args.adaptive_softmax_factor = safe_getattr(args, "adaptive_softmax_factor", 1)
+    args.adaptive_input_cutoff = safe_getattr(args, "adaptive_input_cutoff", "20000,40000,200000")
+    args.adaptive_softmax_cutoff = safe_getattr(
+        args, "adaptive_softmax_cutoff", "20000,40000,200000"
+    )
+    args.tie_adaptive_weights = safe_getattr(args, "tie_adaptive_weights", True)
+    args.tie_adaptive_proj = safe_getattr(args, "tie_adaptive_proj", True)
+    args.no_projection_bias = safe_getattr(args, "no_projection_bias", True)
+    pre_norm = safe_getattr(args, "decoder_normalize_before", False)
+    set_defaults(args)
+    base_lm_architecture(args)
+    args.decoder_normalize_before = pre_norm  # base_lm_architecture turns it on
+
+
+@register_model_architecture("fast_weight_lm", "fast_weight_lm_wt103_small")
+def fast_weight_lm_wt103_small(args):
+    """Width 128, heads of 16; segments of 256 in the paper."""
+    _wikitext103(args, 128)
+
+
+@register_model_architecture("fast_weight_lm", "fast_weight_lm_wt103_medium")
+def fast_weight_lm_wt103_medium(args):
+    """Width 256, heads of 32; segments of 384 in the paper."""
+    _wikitext103(args, 256)

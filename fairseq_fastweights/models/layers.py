@@ -1,0 +1,95 @@
+"""fairseq's transformer with fast weights at the chosen sites: only what builds an attention is overridden."""
+
+from typing import Optional
+
+from fairseq.distributed import fsdp_wrap
+from fairseq.models.transformer import TransformerDecoderBase, TransformerEncoderBase
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.transformer_layer import (
+    TransformerDecoderLayerBase,
+    TransformerEncoderLayerBase,
+)
+from torch import Tensor, nn
+
+from .options import SOFTMAX, build_attention
+
+
+class FastWeightEncoderLayer(TransformerEncoderLayerBase):
+    """An encoder layer whose self-attention follows ``cfg.update_rule_encoder``."""
+
+    def build_self_attention(self, embed_dim, cfg):
+        if cfg.update_rule_encoder == SOFTMAX:
+            return super().build_self_attention(embed_dim, cfg)
+        self.can_use_fastpath = (
+            False  # 0.12.2: torch's fused encoder layer would bypass a replaced attention
+        )
+        return build_attention(
+            cfg,
+            cfg.update_rule_encoder,
+            embed_dim,
+            cfg.encoder.attention_heads,
+            self_attention=True,
+            causal=False,
+        )
+
+
+class FastWeightDecoderLayer(TransformerDecoderLayerBase):
+    """A decoder layer: self-attention by ``cfg.update_rule``, cross-attention by ``cfg.update_rule_cross``."""
+
+    def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
+        if cfg.update_rule == SOFTMAX:
+            return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
+        return build_attention(
+            cfg, cfg.update_rule, embed_dim, cfg.decoder.attention_heads, self_attention=True
+        )
+
+    def build_encoder_attention(self, embed_dim, cfg):
+        if cfg.update_rule_cross == SOFTMAX:
+            return super().build_encoder_attention(embed_dim, cfg)
+        return build_attention(
+            cfg,
+            cfg.update_rule_cross,
+            embed_dim,
+            cfg.decoder.attention_heads,
+            kdim=cfg.encoder.embed_dim,
+            vdim=cfg.encoder.embed_dim,
+            encoder_decoder_attention=True,
+        )
+
+
+def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
+    """What fairseq wraps around each layer it builds: activation checkpointing and FSDP."""
+    if cfg.checkpoint_activations:
+        layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
+    # FSDP must wrap a checkpointed layer whatever its size
+    return fsdp_wrap(
+        layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
+    )
+
+
+class FastWeightEncoder(TransformerEncoderBase):
+    """fairseq's encoder of ``FastWeightEncoderLayer``s."""
+
+    def build_encoder_layer(self, cfg):
+        return wrap_layer(FastWeightEncoderLayer(cfg, return_fc=self.return_fc), cfg)
+
+
+class FastWeightDecoder(TransformerDecoderBase):
+    """fairseq's decoder of ``FastWeightDecoderLayer``s, without the (T, T) mask that only softmax needs."""
+
+    _stock_future_mask = TransformerDecoderBase.buffered_future_mask  # TorchScript has no super()
+
+    def __init__(
+        self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None
+    ):
+        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
+        self.needs_future_mask = cfg.update_rule == SOFTMAX
+
+    def build_decoder_layer(self, cfg, no_encoder_attn=False):
+        return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
+
+    def buffered_future_mask(self, tensor) -> Optional[Tensor]:
+        """None where every self-attention is causal by itself."""
+        if self.needs_future_mask:
+            return self._stock_future_mask(tensor)
+        return None

@@ -1,0 +1,54 @@
+"""Which backend runs, and why each other one does not."""
+
+from typing import Callable, Dict, Optional
+
+import torch
+
+from ..errors import FastWeightError
+from .chunked import chunked_scan, no_autocast, sum_dtype
+from .reference import reference_scan
+
+BACKENDS = ("auto", "reference", "chunked", "cuda")
+
+
+def refusals(device: torch.device) -> Dict[str, Optional[str]]:
+    """For every backend the reason why it cannot run on tensors of ``device``, or None if it can."""
+    return {
+        "reference": None,
+        "chunked": None,
+        "cuda": "this version of fairseq_fastweights has no CUDA kernels yet"
+        if device.type == "cuda"
+        else f"the tensors are on {device.type}, not on a CUDA device",
+    }
+
+
+def check_backend(backend: str) -> None:
+    """Raise FastWeightError unless ``backend`` is a known name."""
+    if backend not in BACKENDS:
+        raise FastWeightError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def choose(backend: str, device: torch.device) -> Callable:
+    """The scan function of a backend by name; "auto" takes the fastest that runs on ``device``."""
+    check_backend(backend)
+    if backend == "auto":
+        backend = "chunked"
+    reason = refusals(device)[backend]
+    if reason is not None:
+        raise FastWeightError(
+            f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'"
+        )
+    return SCANS[backend]
+
+
+def _reference(q, k, v, write, erase, log_decay, state, need_state, chunk_size):
+    dtype = sum_dtype(v)
+    q, k, values, write, erase, log_decay = (
+        None if x is None else x.to(dtype) for x in (q, k, v, write, erase, log_decay)
+    )
+    with no_autocast(v.device.type):
+        out, state = reference_scan(q, k, values, write, erase, log_decay, state)
+    return None if out is None else out.to(v.dtype), state if need_state else None
+
+
+SCANS = {"reference": _reference, "chunked": chunked_scan}
