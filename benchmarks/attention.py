@@ -59,9 +59,7 @@ def row(shape, rule: str, repeats: int, reference_tokens: int):
     candidates = {name: with_backward(run, [q, k, v, beta]) for name, run in candidates.items()}
     seconds = timings(candidates, repeats)
     if shape[2] <= reference_tokens:
-        loop = with_backward(
-            lambda: call(backend="reference", return_state=False)[0], [q, k, v, beta]
-        )
+        loop = with_backward(lambda: call(backend="reference", return_state=False)[0], [q, k, v, beta])
         seconds.update(timings({"reference": loop, **candidates}, 3))
     return {name: summary(times) for name, times in seconds.items()}
 
@@ -70,14 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--shape", action="append", help="batch,heads,tokens,width; may be repeated"
-    )
+    parser.add_argument("--shape", action="append", help="batch,heads,tokens,width; may be repeated")
     parser.add_argument("--rules", default="sum,delta")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument(
-        "--reference-tokens", type=int, default=1024, help="longest run of the reference"
-    )
+    parser.add_argument("--reference-tokens", type=int, default=1024, help="longest run of the reference")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", default="attention.json")
     args = parser.parse_args()
@@ -99,16 +93,12 @@ def main() -> None:
 def format_row(shape: str, rule: str, times) -> str:
     """One line of the table; '-' where the reference was not run."""
     cells = [
-        f"{1e3 * times[n]['median']:9.2f} ({times[n]['spread']:3.0%})"
-        if n in times
-        else f"{'-':>16}"
+        f"{1e3 * times[n]['median']:9.2f} ({times[n]['spread']:3.0%})" if n in times else f"{'-':>16}"
         for n in ("chunked", "softmax", "reference")
     ]
     chunked = times["chunked"]["median"]
     over_softmax = f"{chunked / times['softmax']['median']:9.2f}"
-    speed_up = (
-        f"{times['reference']['median'] / chunked:8.0f}x" if "reference" in times else f"{'-':>9}"
-    )
+    speed_up = f"{times['reference']['median'] / chunked:8.0f}x" if "reference" in times else f"{'-':>9}"
     return f"{shape:>14} {rule:>6} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16} {over_softmax} {speed_up}"
 
 

@@ -40,9 +40,7 @@ def install_excepthook() -> None:
     if getattr(previous, "prints_fast_weight_errors", False):
         return
 
-    def excepthook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
+    def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         line = user_mistake(error)
         if line is None:
             previous(kind, error, trace)

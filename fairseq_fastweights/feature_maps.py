@@ -51,8 +51,9 @@ class Elu(FeatureMap):
     """ELU(x) + 1: x + 1 where x > 0, exp(x) elsewhere (Katharopoulos et al. 2020)."""
 
     def features(self, x: Tensor) -> Tensor:
-        # not F.elu(x) + 1, which rounds exp(x) to 0 below x = -17
-        return torch.where(x > 0, x + 1.0, x.clamp(max=0.0).exp())
+        # not F.elu(x) + 1, which rounds exp(x) to 0 below x = -17; and torch.where is slow on CPUs
+        positive = F.relu(x)
+        return positive + (x - positive).exp()
 
 
 class Relu(FeatureMap):
@@ -241,15 +242,15 @@ def normalize(x: Tensor, kind: str, smallest: float = SMALLEST_ROW) -> Tensor:
         return x
     if kind == "sum":
         size = x.sum(-1, keepdim=True)
-        usable = size > smallest
-    else:
-        # of x / max|x|, since squares of small features underflow
-        largest = x.detach().abs().amax(-1, keepdim=True)
-        usable = largest > smallest
-        x = torch.where(usable, x / largest.clamp(min=smallest), torch.zeros_like(x))
-        size = (
-            (x * x).sum(-1, keepdim=True) + (~usable).to(x.dtype)
-        ).sqrt()  # sqrt has no gradient at 0
-    return torch.where(
-        usable, x / torch.where(usable, size, torch.ones_like(size)), torch.zeros_like(x)
-    )
+        return x * reciprocal(size, size > smallest)
+    # the length of x / max|x|, since squares of small features underflow
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    usable = largest > smallest
+    x = x * reciprocal(largest, usable)
+    square = (x * x).sum(-1, keepdim=True)
+    return x * reciprocal((square + (~usable).to(x.dtype)).sqrt(), usable)  # sqrt has no gradient at 0
+
+
+def reciprocal(size: Tensor, usable: Tensor) -> Tensor:
+    """1 / size where usable, else 0, with finite gradients everywhere."""
+    return usable.to(size.dtype) / torch.where(usable, size, torch.ones_like(size))

@@ -15,7 +15,6 @@ with kappa_t = z_{t-1} . k_t and z the sum of the keys so far. A new rule is one
 ``UPDATE_RULES``. Works without fairseq.
 """
 
-import math
 from typing import Callable, Dict, Optional, Tuple
 
 import torch
@@ -142,9 +141,7 @@ class Decay(nn.Module):
             self.proj.bias.copy_(rates.expm1().log())  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        return -at_least_float32(self.log_rate).exp()[:, None, None] * F.softplus(
-            heads_first(self.proj(x))
-        )
+        return -at_least_float32(self.log_rate).exp()[:, None, None] * F.softplus(heads_first(self.proj(x)))
 
 
 class GatedSumRule(UpdateRule):

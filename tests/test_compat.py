@@ -396,9 +396,7 @@ def received_state(monkeypatch):
         monkeypatch.setattr(distributed_utils, "get_rank", lambda group: 0)
         distributed_utils._broadcast_object_slow(state, 0, None, "cpu")
         take = iter(wire)
-        monkeypatch.setattr(
-            distributed_utils, "broadcast", lambda t, src, group: t.copy_(next(take))
-        )
+        monkeypatch.setattr(distributed_utils, "broadcast", lambda t, src, group: t.copy_(next(take)))
         monkeypatch.setattr(distributed_utils, "get_rank", lambda group: 1)
         return distributed_utils._broadcast_object_slow(None, 0, None, "cpu")
 
@@ -448,9 +446,7 @@ def test_config_objects_are_allowed_in_a_broadcast_only(tmp_path, received_state
 )
 def test_every_sentence_is_in_one_batch(sizes, multiple, max_tokens, max_sentences):
     indices = np.arange(len(sizes))[::-1].copy()
-    batches = data_utils.batch_by_size(
-        indices, lambda i: sizes[i], None, max_tokens, max_sentences, multiple
-    )
+    batches = data_utils.batch_by_size(indices, lambda i: sizes[i], None, max_tokens, max_sentences, multiple)
     assert [i for batch in batches for i in batch] == list(indices)
     for batch in batches:
         assert 0 < len(batch) <= (max_sentences or len(sizes))
@@ -489,9 +485,7 @@ class Sentences(FairseqDataset):
 
 def sentences_of_a_pass(count):
     task = FairseqTask(argparse.Namespace())
-    batches = task.get_batch_iterator(
-        Sentences(count), max_tokens=90, required_batch_size_multiple=8
-    )
+    batches = task.get_batch_iterator(Sentences(count), max_tokens=90, required_batch_size_multiple=8)
     return sorted(i for batch in batches.next_epoch_itr(shuffle=False) for i in batch)
 
 

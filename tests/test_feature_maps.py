@@ -71,9 +71,7 @@ def test_favor_follows_the_authors_language_model():
     x = torch.randn(5, 8, dtype=torch.float64)
     projected = x @ phi.projection
     half_square = (x**2).sum(-1, keepdim=True) / 2
-    expected = torch.cat(
-        [(projected - half_square).exp(), (-projected - half_square).exp()], dim=-1
-    )
+    expected = torch.cat([(projected - half_square).exp(), (-projected - half_square).exp()], dim=-1)
     torch.testing.assert_close(phi(x), (expected + 1e-4) * 12**-0.5)
 
 
@@ -233,9 +231,7 @@ def test_normalized_rows_and_their_gradients_are_finite_at_any_scale(exponent, k
 def test_a_vanishing_key_is_an_identity_write(name):
     """Odd head_dim: some sign patterns give DPFP features that are all zero; relu needs only negative inputs."""
     x = torch.tensor([[-1.0, -1.0, -1.0]])
-    if (
-        name == "dpfp"
-    ):  # nu = 1, alternating signs: no neighbour pair on the ring is positive together
+    if name == "dpfp":  # nu = 1, alternating signs: no neighbour pair on the ring is positive together
         x = torch.tensor([[1.0, -1.0, 1.0]])
     phi = build_feature_map(name, 3)(x.requires_grad_())
     assert (phi == 0).all()

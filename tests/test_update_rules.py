@@ -24,9 +24,7 @@ def build(name, normalized=False, **options):
 
 def scan(rule, q, k, v, gates, z=None, state=None):
     write, erase, log_decay, sums = rule(k, gates, z)
-    out, state = fast_weight_scan(
-        q, k, v, write=write, erase=erase, log_decay=log_decay, state=state
-    )
+    out, state = fast_weight_scan(q, k, v, write=write, erase=erase, log_decay=log_decay, state=state)
     return out, state, sums
 
 

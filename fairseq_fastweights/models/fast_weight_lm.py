@@ -67,9 +67,7 @@ def _wikitext103(args, width: int) -> None:
     args.adaptive_input_factor = safe_getattr(args, "adaptive_input_factor", 1)
     args.adaptive_softmax_factor = safe_getattr(args, "adaptive_softmax_factor", 1)
     args.adaptive_input_cutoff = safe_getattr(args, "adaptive_input_cutoff", "20000,40000,200000")
-    args.adaptive_softmax_cutoff = safe_getattr(
-        args, "adaptive_softmax_cutoff", "20000,40000,200000"
-    )
+    args.adaptive_softmax_cutoff = safe_getattr(args, "adaptive_softmax_cutoff", "20000,40000,200000")
     args.tie_adaptive_weights = safe_getattr(args, "tie_adaptive_weights", True)
     args.tie_adaptive_proj = safe_getattr(args, "tie_adaptive_proj", True)
     args.no_projection_bias = safe_getattr(args, "no_projection_bias", True)

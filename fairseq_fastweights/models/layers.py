@@ -20,9 +20,7 @@ class FastWeightEncoderLayer(TransformerEncoderLayerBase):
     def build_self_attention(self, embed_dim, cfg):
         if cfg.update_rule_encoder == SOFTMAX:
             return super().build_self_attention(embed_dim, cfg)
-        self.can_use_fastpath = (
-            False  # 0.12.2: torch's fused encoder layer would bypass a replaced attention
-        )
+        self.can_use_fastpath = False  # 0.12.2: torch's fused encoder layer would bypass a replaced attention
         return build_attention(
             cfg,
             cfg.update_rule_encoder,
@@ -62,9 +60,7 @@ def wrap_layer(layer: nn.Module, cfg) -> nn.Module:
     if cfg.checkpoint_activations:
         layer = checkpoint_wrapper(layer, offload_to_cpu=cfg.offload_activations)
     # FSDP must wrap a checkpointed layer whatever its size
-    return fsdp_wrap(
-        layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap
-    )
+    return fsdp_wrap(layer, min_num_params=0 if cfg.checkpoint_activations else cfg.min_params_to_wrap)
 
 
 class FastWeightEncoder(TransformerEncoderBase):
@@ -79,9 +75,7 @@ class FastWeightDecoder(TransformerDecoderBase):
 
     _stock_future_mask = TransformerDecoderBase.buffered_future_mask  # TorchScript has no super()
 
-    def __init__(
-        self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None
-    ):
+    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
         super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
         self.needs_future_mask = cfg.update_rule == SOFTMAX
 

@@ -8,9 +8,7 @@ from ..errors import FastWeightError
 
 # 0.12.2 saved fused copies of encoder weights for torch's encoder fast path; forks have no such parameters
 FUSED = tuple(
-    f"{part}_{kind}"
-    for part in ("in_proj", "out_proj", "fc1", "fc2")
-    for kind in ("weight", "bias")
+    f"{part}_{kind}" for part in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias")
 )
 
 

@@ -35,9 +35,7 @@ class FastWeightOptions(FairseqDataclass):
     update_rule_encoder: str = field(
         default=SOFTMAX, metadata={"help": "encoder self-attention: as --update-rule"}
     )
-    update_rule_cross: str = field(
-        default=SOFTMAX, metadata={"help": "cross-attention: as --update-rule"}
-    )
+    update_rule_cross: str = field(default=SOFTMAX, metadata={"help": "cross-attention: as --update-rule"})
     feature_map: str = field(
         default="elu", metadata={"help": "elu, relu, dpfp, favor, tanh, identity or softmax"}
     )
@@ -69,9 +67,7 @@ class FastWeightOptions(FairseqDataclass):
     fast_weight_chunk_size: Optional[int] = field(
         default=None, metadata={"help": "longest chunk of the chunked backend"}
     )
-    fast_weight_backend: str = field(
-        default="auto", metadata={"help": "auto, reference, chunked or cuda"}
-    )
+    fast_weight_backend: str = field(default="auto", metadata={"help": "auto, reference, chunked or cuda"})
     no_projection_bias: bool = field(
         default=False, metadata={"help": "fast-weight attention without biases in its projections"}
     )
@@ -101,9 +97,7 @@ def transformer_config(args) -> TransformerConfig:
     return cfg
 
 
-def build_attention(
-    cfg: TransformerConfig, update_rule: str, embed_dim: int, num_heads: int, **site
-):
+def build_attention(cfg: TransformerConfig, update_rule: str, embed_dim: int, num_heads: int, **site):
     """The fast-weight attention of one site; ``site`` says which."""
     return FastWeightAttention(
         embed_dim,
@@ -139,6 +133,4 @@ def check_args(args, sites: tuple) -> None:
             "drop it, or use --update-rule softmax"
         )
     if safe_getattr(args, "attention_dropout", 0.0) > 0:
-        logger.info(
-            "attention dropout has no effect at fast-weight sites: they have no attention weights"
-        )
+        logger.info("attention dropout has no effect at fast-weight sites: they have no attention weights")

@@ -13,8 +13,8 @@ from ..feature_maps import NORMALIZATIONS, FeatureMap, build_feature_map, exact_
 from ..ops import fast_weight_scan
 from ..ops.checks import check_chunk_size
 from ..ops.chunked import scriptable_scan
-from ..ops.dispatch import check_backend
 from ..ops.decode import step
+from ..ops.dispatch import check_backend
 from ..update_rules import ATTENTION_EPS, build_update_rule, rule_class
 
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
@@ -79,9 +79,7 @@ class FastWeightAttention(nn.Module):
     ):
         super().__init__()
         if embed_dim % num_heads != 0:
-            raise FastWeightError(
-                f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}"
-            )
+            raise FastWeightError(f"embed_dim {embed_dim} must be divisible by num_heads {num_heads}")
         if self_attention and encoder_decoder_attention:
             raise FastWeightError("self_attention and encoder_decoder_attention exclude each other")
         check_chunk_size(chunk_size)
@@ -114,14 +112,10 @@ class FastWeightAttention(nn.Module):
         self.key_normalization, self.normalized = choose_normalization(
             update_rule, self.feature_map, key_normalization, attention_normalization
         )
-        self.rule = build_update_rule(
-            update_rule, self.kdim, num_heads, self.normalized, kappa_clamp
-        )
+        self.rule = build_update_rule(update_rule, self.kdim, num_heads, self.normalized, kappa_clamp)
         # TorchScript sees attributes of the instance only
         self.order_matters = self.rule.order_matters
-        self.sum_beside_state = (
-            self.normalized and self.rule.carries_sum
-        )  # z apart, not a column of S
+        self.sum_beside_state = self.normalized and self.rule.carries_sum  # z apart, not a column of S
         self.reset_parameters()
         self.init_incremental_state()
 
@@ -179,9 +173,7 @@ class FastWeightAttention(nn.Module):
         before_softmax: bool,
     ) -> None:
         if query.dim() != 3 or query.shape[-1] != self.embed_dim:
-            raise FastWeightError(
-                f"query must have shape (T, B, {self.embed_dim}), got {tuple(query.shape)}"
-            )
+            raise FastWeightError(f"query must have shape (T, B, {self.embed_dim}), got {tuple(query.shape)}")
         if before_softmax:
             raise FastWeightError("before_softmax: fast-weight attention has no softmax")
         if self.self_attention:

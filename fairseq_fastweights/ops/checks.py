@@ -58,9 +58,7 @@ def check_operands(
                 f"got {tuple(x.shape)}"
             )
         if x.device != k.device:
-            raise FastWeightError(
-                f"{name} is on {x.device} but k is on {k.device}: move one of them"
-            )
+            raise FastWeightError(f"{name} is on {x.device} but k is on {k.device}: move one of them")
     _check_dtypes(operands, k.dtype)
 
 

@@ -252,11 +252,7 @@ def chunked_backward(
     if not has_state and d_end is None:
         d_insert = d_inserted if solve is None else solve @ d_inserted  # dB
     elif solve is None and since_start is None:
-        terms = (
-            q.transpose(-1, -2) @ d_out
-            if reads
-            else k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-        )
+        terms = q.transpose(-1, -2) @ d_out if reads else k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
         d_states = running_sum(terms.flip(1), d_end).flip(1)
         d_state, d_ends = d_states[:, 0], d_states[:, 1:]
         d_insert = d_inserted + k @ d_ends
@@ -275,9 +271,7 @@ def chunked_backward(
             if q_start is not None:
                 d_state = torch.baddbmm(d_state, q_start[:, n].transpose(1, 2), d_out[:, n])
             if erase_start is not None:
-                d_state = torch.baddbmm(
-                    d_state, erase_start[:, n].transpose(1, 2), d_insert[:, n], alpha=-1
-                )
+                d_state = torch.baddbmm(d_state, erase_start[:, n].transpose(1, 2), d_insert[:, n], alpha=-1)
 
     dq, de = None, None
     dk = torch.zeros_like(k)
@@ -352,9 +346,7 @@ class ChunkedScan(torch.autograd.Function):
         if d_end is not None:
             d_end = d_end.to(ctx.dtype).reshape(batch * heads, dk, d_end.shape[-1])
         with no_autocast(inserted.device.type):
-            *grads, d_state = chunked_backward(
-                *in_chunks(ctx, inputs), inserted, starts, d_out, d_end
-            )
+            *grads, d_state = chunked_backward(*in_chunks(ctx, inputs), inserted, starts, d_out, d_end)
         grads = [
             None if g is None else from_chunks(g, batch, heads, tokens).to(x.dtype)
             for g, x in zip(grads, inputs)

@@ -35,9 +35,7 @@ def choose(backend: str, device: torch.device) -> Callable:
         backend = "chunked"
     reason = refusals(device)[backend]
     if reason is not None:
-        raise FastWeightError(
-            f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'"
-        )
+        raise FastWeightError(f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
     return SCANS[backend]
 
 

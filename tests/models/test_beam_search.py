@@ -127,9 +127,7 @@ def test_greedy_search_after_a_beam_search_is_exact(rules):
 def test_search_is_exact_in_float32():
     model = lively(translation_model(**ALL_SITES["delta-dpfp"])).float()
     tokens, lengths = source_batch()
-    for (source, length), found in zip(
-        single(tokens), translate(model, tokens, lengths), strict=True
-    ):
+    for (source, length), found in zip(single(tokens), translate(model, tokens, lengths), strict=True):
         for hypothesis in found:
             expected = teacher_forced_scores(model, hypothesis, source, length)
             assert (hypothesis["positional_scores"] - expected).abs().max() < 1e-4

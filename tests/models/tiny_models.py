@@ -51,9 +51,7 @@ def lm_model(arch="fast_weight_lm", **options):
     from omegaconf import OmegaConf
 
     sizes = {"embed_dim": 12, "ffn_embed_dim": 8, "layers": 1, "attention_heads": 3}
-    args = Namespace(
-        **{f"decoder_{n}": x for n, x in sizes.items()}, dropout=0.0, tokens_per_sample=64
-    )
+    args = Namespace(**{f"decoder_{n}": x for n, x in sizes.items()}, dropout=0.0, tokens_per_sample=64)
     for name, value in {**MAP_OPTIONS, **options}.items():
         setattr(args, name, value)
     if arch in ("fast_weight_lm", "transformer_lm"):

@@ -20,9 +20,7 @@ def decode(attention, x, incremental_state, lengths=None, padding=None):
     for length in lengths or [1] * len(x):
         piece = slice(start, start + length)
         mask = None if padding is None else padding[:, piece]
-        outs.append(
-            attend(attention, x[piece], incremental_state=incremental_state, key_padding_mask=mask)
-        )
+        outs.append(attend(attention, x[piece], incremental_state=incremental_state, key_padding_mask=mask))
         start += length
     return torch.cat(outs)
 
@@ -88,8 +86,7 @@ def test_two_searches_at_once_keep_their_own_states():
     one, two, x, y = {}, {}, sentences(3, 1), sentences(3, 1)
     with torch.no_grad():
         outs = [
-            (decode(attention, x[t : t + 1], one), decode(attention, y[t : t + 1], two))
-            for t in range(3)
+            (decode(attention, x[t : t + 1], one), decode(attention, y[t : t + 1], two)) for t in range(3)
         ]
         assert_same(torch.cat([a for a, _ in outs]), attend(attention, x))
         assert_same(torch.cat([b for _, b in outs]), attend(attention, y))

@@ -67,9 +67,7 @@ def test_wrong_option_is_named(options, words):
 @pytest.mark.parametrize("rule", ["sum", "delta", "gated-sum", "gated-sum-peng"])
 def test_signed_map_has_no_attention_normalization(rule, feature_map):
     with pytest.raises(FastWeightError) as error:
-        FastWeightAttention(
-            12, 3, update_rule=rule, feature_map=feature_map, attention_normalization="true"
-        )
+        FastWeightAttention(12, 3, update_rule=rule, feature_map=feature_map, attention_normalization="true")
     assert_one_line(error, feature_map, "attention_normalization")
 
 
@@ -98,9 +96,7 @@ def test_signed_map_has_no_sum_normalization(rule, feature_map):
 @pytest.mark.parametrize("feature_map", POSITIVE_MAPS)
 @pytest.mark.parametrize("rule", RULES)
 def test_what_the_paper_used_is_the_default(rule, feature_map):
-    attention = FastWeightAttention(
-        12, 3, update_rule=rule, feature_map=feature_map, favor_features=4
-    )
+    attention = FastWeightAttention(12, 3, update_rule=rule, feature_map=feature_map, favor_features=4)
     delta = "delta" in rule
     assert attention.key_normalization == ("sum" if delta else "none")
     assert attention.normalized == (not delta)

@@ -55,9 +55,7 @@ class Decoding(torch.nn.Module):
         super().__init__()
         self.attention = attention
 
-    def forward(
-        self, x: Tensor, source: Tensor | None, turn: int, order: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, source: Tensor | None, turn: int, order: Tensor) -> tuple[Tensor, Tensor]:
         state: dict[str, dict[str, Tensor | None]] = {}
         first: list[Tensor] = []
         then: list[Tensor] = []

@@ -59,9 +59,7 @@ def operands(
     if not state:
         given["state"] = None
     sums = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
-        n: None if x is None else x.to(sums if n == "state" else dtype) for n, x in given.items()
-    }
+    return {n: None if x is None else x.to(sums if n == "state" else dtype) for n, x in given.items()}
 
 
 def require_grad(inputs: Dict[str, Optional[Tensor]]) -> Dict[str, Optional[Tensor]]:

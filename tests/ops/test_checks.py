@@ -53,9 +53,7 @@ def test_wrong_operands(case):
 def test_state_must_be_float32_beside_half_precision():
     inputs = operands("delta", tokens=5, dtype=torch.bfloat16, state=True)
     inputs["state"] = inputs["state"].bfloat16()
-    with pytest.raises(
-        ValueError, match="state must be float32 beside k of bfloat16, got bfloat16"
-    ):
+    with pytest.raises(ValueError, match="state must be float32 beside k of bfloat16, got bfloat16"):
         fast_weight_scan(**inputs)
 
 

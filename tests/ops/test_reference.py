@@ -25,16 +25,10 @@ def test_reference_follows_the_formulas():
     out, state = fast_weight_scan(**x, backend="reference")
     for b in range(2):
         for h in range(2):
-            row = [
-                x[n][b, h].tolist() for n in ("q", "k", "v", "write", "erase", "log_decay", "state")
-            ]
+            row = [x[n][b, h].tolist() for n in ("q", "k", "v", "write", "erase", "log_decay", "state")]
             expected_out, expected_state = by_the_formulas(*row)
-            torch.testing.assert_close(
-                out[b, h], torch.tensor(expected_out).double(), atol=1e-6, rtol=0
-            )
-            torch.testing.assert_close(
-                state[b, h], torch.tensor(expected_state).double(), atol=1e-6, rtol=0
-            )
+            torch.testing.assert_close(out[b, h], torch.tensor(expected_out).double(), atol=1e-6, rtol=0)
+            torch.testing.assert_close(state[b, h], torch.tensor(expected_state).double(), atol=1e-6, rtol=0)
 
 
 def test_sum_rule_is_unnormalised_linear_attention():

@@ -42,9 +42,7 @@ def assert_equals_reference(inputs, tolerance, **options):
     exact = {n: None if x is None else x.double() for n, x in inputs.items()}
     need_state = options.get("return_state", True)
     out, state, grads = run(inputs, **options)
-    expected, expected_state, expected_grads = run(
-        exact, backend="reference", return_state=need_state
-    )
+    expected, expected_state, expected_grads = run(exact, backend="reference", return_state=need_state)
     assert out.dtype == inputs["v"].dtype
     assert relative_error(out, expected) <= tolerance
     assert (state is None) == (not need_state)
@@ -74,9 +72,7 @@ shapes = st.fixed_dictionaries(
 @given(shape=shapes, return_state=st.booleans())
 def test_chunked_equals_reference_for_all_shapes(shape, return_state):
     inputs = operands(**shape)
-    assert_equals_reference(
-        inputs, 1e-10, backend="chunked", chunk_size=CHUNK, return_state=return_state
-    )
+    assert_equals_reference(inputs, 1e-10, backend="chunked", chunk_size=CHUNK, return_state=return_state)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -202,9 +198,7 @@ def test_write_without_reading():
         out, state = fast_weight_scan(**blind, backend=backend, chunk_size=CHUNK)
         assert out is None
         torch.testing.assert_close(state, expected_state, atol=1e-11, rtol=0)
-        got = torch.autograd.grad(
-            state.square().sum(), [x for x in blind.values() if x is not None]
-        )
+        got = torch.autograd.grad(state.square().sum(), [x for x in blind.values() if x is not None])
         if grads is not None:
             for a, b in zip(got, grads):
                 torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
@@ -305,9 +299,7 @@ def test_thin_wrappers():
     x = operands("delta", tokens=20, state=True)
     for options in ({}, {"return_state": False}, {"backend": "reference"}, {"chunk_size": 4}):
         out, state = sum_rule(x["q"], x["k"], x["v"], x["state"], **options)
-        expected, expected_state = fast_weight_scan(
-            x["q"], x["k"], x["v"], state=x["state"], **options
-        )
+        expected, expected_state = fast_weight_scan(x["q"], x["k"], x["v"], state=x["state"], **options)
         assert torch.equal(out, expected)
         assert state is expected_state is None or torch.equal(state, expected_state)
         out, state = delta_rule(x["q"], x["k"], x["v"], x["write"], x["state"], **options)

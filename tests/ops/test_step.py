@@ -18,9 +18,7 @@ def test_scan_equals_step_by_step(rule, in_place):
     expected, expected_state = fast_weight_scan(**inputs, chunk_size=8)
     state, reads = inputs["state"].clone(), []
     for t in range(20):
-        out, state = fast_weight_step(
-            **token(inputs, t), state=state, out_state=state if in_place else None
-        )
+        out, state = fast_weight_step(**token(inputs, t), state=state, out_state=state if in_place else None)
         reads.append(out)
     torch.testing.assert_close(torch.stack(reads, dim=2), expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(state, expected_state, atol=1e-12, rtol=0)
@@ -38,12 +36,8 @@ def test_parent_reorders_with_repeats_and_fewer_rows():
 def test_out_state_may_be_the_state_that_is_reordered():
     inputs = operands("delta", batch=3, tokens=1, state=True)
     state, parent = inputs["state"], torch.tensor([2, 0, 0])
-    expected, expected_state = fast_weight_step(
-        **token(inputs, 0), state=state.clone(), parent=parent
-    )
-    out, returned = fast_weight_step(
-        **token(inputs, 0), state=state, parent=parent, out_state=state
-    )
+    expected, expected_state = fast_weight_step(**token(inputs, 0), state=state.clone(), parent=parent)
+    out, returned = fast_weight_step(**token(inputs, 0), state=state, parent=parent, out_state=state)
     assert returned is state
     assert torch.equal(out, expected) and torch.equal(state, expected_state)
 
@@ -58,9 +52,7 @@ def test_state_is_left_alone_without_out_state():
 def test_half_precision_keeps_a_float32_state():
     exact = operands("delta", tokens=1, dk=16, dtype=torch.bfloat16, state=True)
     out, state = fast_weight_step(**token(exact, 0), state=exact["state"])
-    expected, _ = fast_weight_scan(
-        **{n: None if x is None else x.double() for n, x in exact.items()}
-    )
+    expected, _ = fast_weight_scan(**{n: None if x is None else x.double() for n, x in exact.items()})
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected[:, :, 0], atol=0.05, rtol=1e-2)
 
