@@ -1,6 +1,6 @@
 """Time of the fast-weight operators against the step-by-step reference and torch's softmax attention.
 
-    python benchmarks/attention.py                       # forward + backward, float32, all shapes, about 2 minutes
+    python benchmarks/attention.py                       # forward + backward, float32, all shapes
     python benchmarks/attention.py --shape 1,8,1024,64   # batch, heads, tokens, head width
 
 All candidates of a row run in turns in one process; the ratio columns compare medians.
@@ -11,7 +11,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from measure import machine, summary, timings, write_json
+from measure import machine, summary, timings, write_json, write_section
 
 from fairseq_fastweights.ops import delta_rule, sum_rule
 
@@ -74,32 +74,40 @@ def main() -> None:
     parser.add_argument("--reference-tokens", type=int, default=1024, help="longest run of the reference")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", default="attention.json")
+    parser.add_argument("--readme", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     print("  ".join(f"{name}: {value}" for name, value in machine().items()))
     print("forward + backward, float32, milliseconds (spread of the runs); ratios of medians")
-    print(
-        f"{'B,H,T,d':>14} {'rule':>6} {'chunked':>16} {'softmax':>16} {'reference':>16} {'/softmax':>9} {'speed-up':>9}"
-    )
+    lines = [HEADER, "|---|---|---|---|---|---|---|"]
+    print("\n".join(lines))
     results = []
     for shape, rule in itertools.product(args.shape or SHAPES, args.rules.split(",")):
         times = row([int(n) for n in shape.split(",")], rule, args.repeats, args.reference_tokens)
         results.append({"shape": shape, "rule": rule, **times})
-        print(format_row(shape, rule, times), flush=True)
+        lines.append(format_row(shape, rule, times))
+        print(lines[-1], flush=True)
     write_json(args.json, results)
+    if args.readme:
+        write_section("attention", "python benchmarks/attention.py --readme", "\n".join(lines))
+
+
+HEADER = (
+    "| B,H,T,d | rule | chunked, ms | softmax, ms | reference, ms | chunked / softmax | reference / chunked |"
+)
 
 
 def format_row(shape: str, rule: str, times) -> str:
     """One line of the table; '-' where the reference was not run."""
     cells = [
-        f"{1e3 * times[n]['median']:9.2f} ({times[n]['spread']:3.0%})" if n in times else f"{'-':>16}"
+        f"{1e3 * times[n]['median']:.1f} ({times[n]['spread']:.0%})" if n in times else "-"
         for n in ("chunked", "softmax", "reference")
     ]
     chunked = times["chunked"]["median"]
-    over_softmax = f"{chunked / times['softmax']['median']:9.2f}"
-    speed_up = f"{times['reference']['median'] / chunked:8.0f}x" if "reference" in times else f"{'-':>9}"
-    return f"{shape:>14} {rule:>6} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16} {over_softmax} {speed_up}"
+    over_softmax = f"{chunked / times['softmax']['median']:.2f}"
+    speed_up = f"{times['reference']['median'] / chunked:.0f}" if "reference" in times else "-"
+    return "| " + " | ".join([shape, rule, *cells, over_softmax, speed_up]) + " |"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, the machine's description, a JSON file."""
+"""What every benchmark shares: interleaved timing, the machine's description, JSON and tables in README.md."""
 
 import json
 import os
@@ -56,4 +56,15 @@ def summary(seconds: List[float]) -> Dict[str, float]:
 def write_json(path: str, results: object) -> None:
     """Machine and results, for other programs."""
     Path(path).write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def write_section(name: str, command: str, table: str) -> None:
+    """Replace what stands between <!-- name --> and <!-- /name --> in benchmarks/README.md."""
+    path = Path(__file__).with_name("README.md")
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = path.read_text().partition(start)
+    _, _, after = rest.partition(end)
+    where = ", ".join(f"{key} {value}" for key, value in machine().items())
+    path.write_text(f"{before}{start}\n`{command}` ({where})\n\n{table}\n{end}{after}")
     print(f"written to {path}")

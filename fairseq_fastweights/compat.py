@@ -44,6 +44,7 @@ def apply() -> None:
     name_unreadable_checkpoints()
     name_missing_checkpoints()
     keep_last_partial_batch()
+    make_the_same_batches_on_resume()
     train_bf16_without_tpu()
     restore_numpy_compat_long()
 
@@ -333,6 +334,35 @@ def keep_last_partial_batch() -> None:
         return batch_every_sentence
 
     _wrap(data_utils, "batch_by_size", make)
+
+
+def make_the_same_batches_on_resume() -> None:
+    """Let a run that is resumed after its first epoch see the batches of the run that was not stopped.
+
+    Batches are made once per process, from a permutation that fairseq 0.12.2 seeds with the run's
+    seed. Later versions add the epoch in which the process started, so a resumed run gets others.
+    Can go when FairseqTask.get_batch_iterator no longer adds the epoch to the seed.
+    """
+    from fairseq.tasks import FairseqTask
+
+    def make(get_batch_iterator: Callable) -> Callable:
+        signature = inspect.signature(get_batch_iterator)
+
+        def same_batches_in_every_epoch(task: Any, *args: Any, **kwargs: Any) -> Any:
+            if getattr(task.cfg, "rebuild_batches", False):  # anew in every epoch: fairseq is right
+                return get_batch_iterator(task, *args, **kwargs)
+            bound = signature.bind(task, *args, **kwargs)
+            bound.apply_defaults()
+            seed, epoch = bound.arguments["seed"], bound.arguments["epoch"]
+            bound.arguments["seed"] = seed + 1 - epoch  # + epoch makes it that of the first epoch
+            iterator = get_batch_iterator(*bound.args, **bound.kwargs)
+            iterator.seed = seed  # the order of the batches is another in every epoch
+            return iterator
+
+        return same_batches_in_every_epoch
+
+    if "seed + epoch" in inspect.getsource(FairseqTask.get_batch_iterator):
+        _wrap(FairseqTask, "get_batch_iterator", make)
 
 
 def train_bf16_without_tpu() -> None:

@@ -10,7 +10,7 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
-from .layers import FastWeightDecoder
+from .layers import MaskFreeDecoder
 from .loading import ClearLoading
 from .options import SOFTMAX, FastWeightOptions, check_args, set_defaults, transformer_config
 
@@ -33,7 +33,7 @@ class FastWeightLanguageModel(ClearLoading, TransformerLanguageModel):
             return model
         embed_tokens = model.decoder.embed_tokens
         return cls(
-            FastWeightDecoder(
+            MaskFreeDecoder(
                 transformer_config(args), task.target_dictionary, embed_tokens, no_encoder_attn=True
             )
         )

@@ -14,7 +14,7 @@ from fairseq.utils import safe_getattr
 
 from ..errors import FastWeightError
 from ..modules import FastWeightAttention
-from .layers import FastWeightDecoder, FastWeightEncoder
+from .layers import FastWeightEncoder, decoder_class
 from .loading import ClearLoading
 from .options import (
     SOFTMAX,
@@ -53,7 +53,7 @@ class FastWeightTransformerModel(ClearLoading, TransformerModel):
     @classmethod
     def build_decoder(cls, args, tgt_dict, embed_tokens):
         cfg = transformer_config(args)
-        return FastWeightDecoder(
+        return decoder_class(cfg)(
             cfg,
             tgt_dict,
             embed_tokens,

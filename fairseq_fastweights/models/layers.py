@@ -71,19 +71,22 @@ class FastWeightEncoder(TransformerEncoderBase):
 
 
 class FastWeightDecoder(TransformerDecoderBase):
-    """fairseq's decoder of ``FastWeightDecoderLayer``s, without the (T, T) mask that only softmax needs."""
-
-    _stock_future_mask = TransformerDecoderBase.buffered_future_mask  # TorchScript has no super()
-
-    def __init__(self, cfg, dictionary, embed_tokens, no_encoder_attn=False, output_projection=None):
-        super().__init__(cfg, dictionary, embed_tokens, no_encoder_attn, output_projection)
-        self.needs_future_mask = cfg.update_rule == SOFTMAX
+    """fairseq's decoder of ``FastWeightDecoderLayer``s."""
 
     def build_decoder_layer(self, cfg, no_encoder_attn=False):
         return wrap_layer(FastWeightDecoderLayer(cfg, no_encoder_attn), cfg)
 
+
+class MaskFreeDecoder(FastWeightDecoder):
+    """One whose self-attention is causal by itself, without the (T, T) mask that softmax needs.
+
+    A class of its own, because TorchScript cannot call an overridden method.
+    """
+
     def buffered_future_mask(self, tensor) -> Optional[Tensor]:
-        """None where every self-attention is causal by itself."""
-        if self.needs_future_mask:
-            return self._stock_future_mask(tensor)
         return None
+
+
+def decoder_class(cfg):
+    """The decoder for ``cfg``'s self-attention."""
+    return FastWeightDecoder if cfg.update_rule == SOFTMAX else MaskFreeDecoder

@@ -457,8 +457,15 @@ def alternate_heads(x: Tensor) -> Tensor:
 
 
 def reorder_sentences(x: Tensor, new_order: Tensor) -> Tensor:
-    """Reorder (sentences, beams, ...) of identical beams by rows; each stays one copy a sentence."""
+    """Reorder (sentences, beams, ...) of identical beams by rows, one copy a sentence as long as beams stay together.
+
+    They do not where rows only looked like beams: a search without them, after one with them, in equal sentences.
+    """
     beams = x.shape[1]
-    sentences = torch.div(new_order.view(-1, beams)[:, 0], beams, rounding_mode="floor")
-    sizes = [-1, beams] + [-1] * (x.dim() - 2)
-    return x[:, :1].index_select(0, sentences).expand(sizes)
+    parents = torch.div(new_order, beams, rounding_mode="floor")
+    if new_order.shape[0] % beams == 0:
+        groups = parents.view(-1, beams)
+        if bool((groups == groups[:, :1]).all()):
+            sizes = [-1, beams] + [-1] * (x.dim() - 2)
+            return x[:, :1].index_select(0, groups[:, 0]).expand(sizes)
+    return x[:, 0].index_select(0, parents)[:, None]

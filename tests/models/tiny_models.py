@@ -66,12 +66,17 @@ def lm_model(arch="fast_weight_lm", **options):
     return ARCH_MODEL_REGISTRY[arch].build_model(args, TASK)
 
 
-def lively(model):
-    """In float64, with weights so large that hypotheses differ and sentences end at different times."""
-    torch.manual_seed(7)
+def lively(model, seed=7):
+    """In float64, with weights so large that hypotheses differ, and an end of sentence that is likely."""
+    torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "layer_norm" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
+    decoder = model.decoder
+    if decoder.adaptive_softmax is None:
+        towards_end = decoder.output_projection.weight[WORDS.eos()].detach()
+        last_norm = decoder.layer_norm or decoder.layers[-1].final_layer_norm
+        last_norm.bias.data = towards_end / towards_end.norm()
     return model.double().eval()
 
 

@@ -95,6 +95,22 @@ def test_rows_that_differ_are_not_shared(what):
     assert_same(continued, full[:, order])
 
 
+@pytest.mark.parametrize("order", [[0, 4], [5, 0, 1, 2, 4, 3], [1, 1, 5]], ids=str)
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_rows_that_only_looked_like_beams_may_go_anywhere(case, order):
+    # equal sentences, searched without beams after a search with them
+    attention = build_attention(case, "cross")
+    attention.set_beam_size(BEAMS)
+    source, padding = source_of_beams()
+    query, state = sentences(2, 6), {}
+    with torch.no_grad():
+        decode(attention, query, source, padding, state)
+        attention.reorder_incremental_state(state, torch.tensor(order))
+        continued = attend(attention, query[:, order], None, incremental_state=state)
+    full = attend(attention, query, source, key_padding_mask=padding)
+    assert_same(continued, full[:, order])
+
+
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_batch_that_is_no_multiple_of_the_beam_works(case):
     attention = build_attention(case, "cross")

@@ -1,0 +1,32 @@
+"""Data and trained models that the command-line tests share."""
+
+from types import SimpleNamespace
+
+import pytest
+from commands import EVERYWHERE, run, train_lm, train_translation, write_sentences
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Binarized text: .pairs for translation (English-Xish), .words for language modelling."""
+    folder = tmp_path_factory.mktemp("data")
+    write_sentences(folder, {"train": 120, "valid": 21, "test": 21})
+    splits = [f"--{split}pref" for split in ("train", "valid", "test")]
+    pairs = [x for flag in splits for x in (flag, folder / flag[2:-4])]
+    run("preprocess", "-s", "en", "-t", "xx", *pairs, "--destdir", folder / "pairs")
+    words = [x for flag in splits for x in (flag, folder / f"{flag[2:-4]}.xx")]
+    run("preprocess", "--only-source", *words, "--destdir", folder / "words")
+    return SimpleNamespace(pairs=folder / "pairs", words=folder / "words", text=folder)
+
+
+@pytest.fixture(scope="session")
+def translation(data, tmp_path_factory):
+    """The checkpoint of a translation model with delta rules at all three sites."""
+    save_dir = tmp_path_factory.mktemp("translation")
+    return train_translation(data.pairs, save_dir, *EVERYWHERE, "--max-update", 60)
+
+
+@pytest.fixture(scope="session")
+def language_model(data, tmp_path_factory):
+    """The checkpoint of a language model with the delta rule."""
+    return train_lm(data.words, tmp_path_factory.mktemp("lm"), "--max-update", 60)
