@@ -1,0 +1,53 @@
+"""Learns one sentencepiece model of two languages and cuts their text into its pieces.
+
+    python sentencepieces.py TEXT OUT --languages en de --size 4000
+
+TEXT holds {train,valid,test}.{en,de}; OUT gets the same names, and spm.model, learned from train.
+"""
+
+import argparse
+from pathlib import Path
+
+import sentencepiece
+
+
+def learn(text: Path, languages: list[str], size: int, prefix: Path) -> None:
+    """Write prefix.model. bos, eos and pad are fairseq's business."""
+    sentencepiece.SentencePieceTrainer.train(
+        input=[str(text / f"train.{language}") for language in languages],
+        model_prefix=str(prefix),
+        vocab_size=size,
+        character_coverage=1.0,
+        unk_id=0,
+        bos_id=-1,
+        eos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+    )
+
+
+def cut(processor: sentencepiece.SentencePieceProcessor, source: Path, target: Path) -> None:
+    """Pieces of every line of ``source``, separated by blanks."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    pieces = [" ".join(processor.encode(line, out_type=str)) for line in lines]
+    target.write_text("".join(line + "\n" for line in pieces), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("text", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--languages", nargs=2, required=True)
+    parser.add_argument("--size", type=int, default=4000)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    learn(args.text, args.languages, args.size, args.out / "spm")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "spm.model"))
+    for source in sorted(args.text.glob("*.*")):
+        cut(processor, source, args.out / source.name)
+
+
+if __name__ == "__main__":
+    main()
