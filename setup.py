@@ -28,7 +28,7 @@ EXTRAS = {
     ],
     "cuda12": ["cupy-cuda12x>=14,<15"],
     "cuda13": ["cupy-cuda13x>=14,<15"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff"],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "packaging", "setuptools>=70.1", "pip"],
 }
 EXTRAS["examples"] = EXTRAS["fairseq"]
 
