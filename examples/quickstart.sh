@@ -103,7 +103,7 @@ show_progress() {
     sed -n -u -E \
         -e "s/.*nll_loss=([0-9.]+), ppl=([0-9.]+), wps=([0-9.]+).*num_updates=([0-9]+).*wall=([0-9]+)$/   update \4 of $updates   perplexity \2   \3 tokens\/s   \5 s/p" \
         -e "s/.*valid on 'valid' subset.*nll_loss ([0-9.]+) \| ppl ([0-9.]+).*/   validation perplexity \2/p" \
-        -e '/^fairseq_fastweights: error/p; /^[A-Za-z]*Error/p; /error: /p'
+        -e '/^[A-Za-z.]*Error|error: /p'
 }
 
 translate() {
