@@ -132,7 +132,8 @@ started=$SECONDS
 install
 echo "   installation: $((SECONDS - started)) s"
 started=$SECONDS
-export PATH=$venv/bin:$PATH OMP_NUM_THREADS=$threads
+# passive: threads that spin while they wait make a training that shares its cores ten times slower
+export PATH=$venv/bin:$PATH OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive
 say "Preparing the text"
 step text extract_text
 step pieces learn_pieces
