@@ -57,6 +57,7 @@ install() {
 
 download_text() {
     local packages="libreoffice-help-en-us libreoffice-help-de"
+    command -v apt-get > /dev/null || fail "the text comes from Debian's or Ubuntu's packages, and there is no apt-get here"
     if ! apt-cache show $packages > /dev/null 2>&1; then
         [ "$(id -u)" = 0 ] || fail "apt knows no package lists: run 'apt-get update' once as root"
         apt-get -qq update
@@ -64,7 +65,7 @@ download_text() {
     rm -rf "$work/packages" && mkdir -p "$work/packages"
     # as another user apt could not write here, and says so in a warning that means nothing
     (cd "$work/packages" && apt-get -qq download $packages 2> download.log) \
-        || fail "cannot download $packages: $(tail -n 1 "$work/packages/download.log")"
+        || fail "cannot download $packages (old lists? run 'apt-get update' as root): $(tail -n 1 "$work/packages/download.log")"
 }
 
 extract_text() {
@@ -103,7 +104,7 @@ show_progress() {
     sed -n -u -E \
         -e "s/.*nll_loss=([0-9.]+), ppl=([0-9.]+), wps=([0-9.]+).*num_updates=([0-9]+).*wall=([0-9]+)$/   update \4 of $updates   perplexity \2   \3 tokens\/s   \5 s/p" \
         -e "s/.*valid on 'valid' subset.*nll_loss ([0-9.]+) \| ppl ([0-9.]+).*/   validation perplexity \2/p" \
-        -e '/^[A-Za-z.]*Error|error: /p'
+        -e '/^[A-Za-z_.]*Error|error: /p'
 }
 
 translate() {

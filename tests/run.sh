@@ -24,7 +24,10 @@ stamp=$venv/installed-for-tests
 wanted=$(cat setup.py constraints.txt | cksum)
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "== setting up $venv"
-    [ -x "$venv/bin/python" ] || "$(find_python)" -m venv "$venv"
+    if [ ! -x "$venv/bin/pip" ]; then
+        python=$(find_python)
+        "$python" -m venv "$venv" || { echo "tests/run.sh: no virtual environment: apt-get install python3-venv" >&2; exit 1; }
+    fi
     "$venv/bin/pip" install -q -c constraints.txt torch
     "$venv/bin/pip" install -q -c constraints.txt -e '.[fairseq,test]'
     echo "$wanted" > "$stamp"
