@@ -5,10 +5,11 @@ from typing import Callable, Dict, Optional
 import torch
 
 from ..errors import FastWeightError
+from . import numba_scan
 from .chunked import chunked_scan, no_autocast, sum_dtype
 from .reference import reference_scan
 
-BACKENDS = ("auto", "reference", "chunked", "cuda")
+BACKENDS = ("auto", "reference", "chunked", "numba", "cuda")
 
 
 def refusals(device: torch.device) -> Dict[str, Optional[str]]:
@@ -16,6 +17,9 @@ def refusals(device: torch.device) -> Dict[str, Optional[str]]:
     return {
         "reference": None,
         "chunked": None,
+        "numba": numba_scan.refusal()
+        if device.type == "cpu"
+        else f"the tensors are on {device.type}, and these kernels run on the CPU",
         "cuda": "this version of fairseq_fastweights has no CUDA kernels yet"
         if device.type == "cuda"
         else f"the tensors are on {device.type}, not on a CUDA device",
@@ -32,7 +36,7 @@ def choose(backend: str, device: torch.device) -> Callable:
     """The scan function of a backend by name; "auto" takes the fastest that runs on ``device``."""
     check_backend(backend)
     if backend == "auto":
-        backend = "chunked"
+        backend = "numba" if refusals(device)["numba"] is None else "chunked"
     reason = refusals(device)[backend]
     if reason is not None:
         raise FastWeightError(f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
@@ -49,4 +53,4 @@ def _reference(q, k, v, write, erase, log_decay, state, need_state, chunk_size):
     return None if out is None else out.to(v.dtype), state if need_state else None
 
 
-SCANS = {"reference": _reference, "chunked": chunked_scan}
+SCANS = {"reference": _reference, "chunked": chunked_scan, "numba": numba_scan.numba_scan}
