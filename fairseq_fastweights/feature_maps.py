@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import FastWeightError
+from .ops.dispatch import refusals
+from .ops.numba_scan import numba_address
 
 FAVOR_EPS = 1e-4  # added to every feature, as in the authors' language model
 
@@ -27,9 +29,11 @@ class FeatureMap(nn.Module):
         output_dim: features per head, the dk of the fast weights.
         signed: whether a feature can be negative. Sums of signed features can vanish, so neither sum
             normalisation nor the attention normaliser makes sense for them.
+        kernel: the name of the map among the CPU kernels of ``ops.numba_features``, if it is there.
     """
 
     signed = False
+    kernel: Optional[str] = None
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -50,6 +54,8 @@ class FeatureMap(nn.Module):
 class Elu(FeatureMap):
     """ELU(x) + 1: x + 1 where x > 0, exp(x) elsewhere (Katharopoulos et al. 2020)."""
 
+    kernel = "elu"
+
     def features(self, x: Tensor) -> Tensor:
         # not F.elu(x) + 1, which rounds exp(x) to 0 below x = -17; and torch.where is slow on CPUs
         positive = F.relu(x)
@@ -58,6 +64,8 @@ class Elu(FeatureMap):
 
 class Relu(FeatureMap):
     """max(x, 0)."""
+
+    kernel = "relu"
 
     def features(self, x: Tensor) -> Tensor:
         return F.relu(x)
@@ -71,6 +79,8 @@ class Dpfp(FeatureMap):
     Args:
         nu: 1 to 2 head_dim - 1; more rolls repeat pairs already present.
     """
+
+    kernel = "dpfp"
 
     def __init__(self, head_dim: int, nu: int = 1):
         super().__init__(head_dim)
@@ -233,24 +243,35 @@ NORMALIZATIONS = ("sum", "l2", "none")
 SMALLEST_ROW = 1e-19  # sqrt of the smallest float32: the gradient of x / |x| would overflow below
 
 
-def normalize(x: Tensor, kind: str, smallest: float = SMALLEST_ROW) -> Tensor:
-    """Divide features (..., dk) by their sum ("sum", the paper's eq. 29), by their length ("l2") or not ("none").
+def normalize(x: Tensor, kind: str, scale: float = 1.0, smallest: float = SMALLEST_ROW) -> Tensor:
+    """``scale`` times features (..., dk) over their sum ("sum", the paper's eq. 29), their length ("l2") or 1 ("none").
 
     A row that is zero (or so small that the gradient would overflow) becomes zero: as a key it writes nothing.
     """
     if kind == "none":
-        return x
+        return x if scale == 1.0 else x * scale
     if kind == "sum":
         size = x.sum(-1, keepdim=True)
-        return x * reciprocal(size, size > smallest)
+        return x * (scale * reciprocal(size, size > smallest))
     # the length of x / max|x|, since squares of small features underflow
     largest = x.detach().abs().amax(-1, keepdim=True)
     usable = largest > smallest
     x = x * reciprocal(largest, usable)
     square = (x * x).sum(-1, keepdim=True)
-    return x * reciprocal((square + (~usable).to(x.dtype)).sqrt(), usable)  # sqrt has no gradient at 0
+    # sqrt has no gradient at 0
+    return x * (scale * reciprocal((square + (~usable).to(x.dtype)).sqrt(), usable))
 
 
 def reciprocal(size: Tensor, usable: Tensor) -> Tensor:
     """1 / size where usable, else 0, with finite gradients everywhere."""
     return usable.to(size.dtype) / torch.where(usable, size, torch.ones_like(size))
+
+
+def address(
+    feature_map: FeatureMap, x: Tensor, normalization: str, scale: float = 1.0, backend: str = "auto"
+) -> Tensor:
+    """scale normalize(phi(x)), in one pass where a kernel knows the map: (B, H, T, head_dim) -> (B, H, T, dk)."""
+    kernel = type(feature_map).__dict__.get("kernel")  # not inherited: a subclass may be another map
+    if kernel is not None and backend in ("auto", "numba") and refusals(x.device)["numba"] is None:
+        return numba_address(x, kernel, feature_map.output_dim, normalization, scale, SMALLEST_ROW)
+    return normalize(feature_map(x), normalization, scale)

@@ -66,8 +66,8 @@ class UpdateRule(nn.Module):
     def forward(self, k: Tensor, gates: Tensor, z: Optional[Tensor]) -> Operands:
         """k (B, H, T, dk), gates (B, H, T, gates), z (B, H, dk) the sum of the keys before the first of these.
 
-        Returns (write, erase, log_decay, z after every key), the last (B, H, T, dk) or None if not carried.
-        A zero key must come out with erase 0.
+        Returns (write, erase, log_decay, z after every key). erase is (B, H, T) where the erase keys are that
+        much of k, or (B, H, T, dk); z is (B, H, T, dk), or None if not carried. A zero key must erase nothing.
         """
         raise NotImplementedError
 
@@ -113,7 +113,7 @@ class DeltaRule(UpdateRule):
             if self.kappa_clamp:
                 kappa = torch.maximum(kappa, beta * (k * k).sum(-1) / 2)
             strength = beta / (kappa + self.eps)
-        return beta, strength[..., None] * k, None, sums
+        return beta, strength, None, sums
 
     def kappa(self, k: Tensor, z: Optional[Tensor]) -> Tuple[Tensor, Tensor]:
         """kappa_t = z_{t-1} . k_t (B, H, T), 1 while nothing was written; and z_t (B, H, T, dk)."""
@@ -175,7 +175,7 @@ class GatedDeltaRule(DeltaRule):
 
     def forward(self, k: Tensor, gates: Tensor, z: Optional[Tensor]) -> Operands:
         beta = gates[..., 0].to(k.dtype)
-        return beta, beta[..., None] * k, gates[..., 1].to(k.dtype), None
+        return beta, beta, gates[..., 1].to(k.dtype), None
 
 
 class PengRule(UpdateRule):

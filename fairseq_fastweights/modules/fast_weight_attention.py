@@ -9,7 +9,14 @@ from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor, nn
 
 from ..errors import FastWeightError
-from ..feature_maps import NORMALIZATIONS, FeatureMap, build_feature_map, exact_matmul, normalize
+from ..feature_maps import (
+    NORMALIZATIONS,
+    FeatureMap,
+    address,
+    build_feature_map,
+    exact_matmul,
+    normalize,
+)
 from ..ops import fast_weight_scan
 from ..ops.checks import check_chunk_size
 from ..ops.chunked import scriptable_scan
@@ -150,7 +157,7 @@ class FastWeightAttention(nn.Module):
             self._check_call(query, key, value, attn_mask, before_softmax)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.to(torch.bool)
-        q = self._address(self.q_proj(query))  # (B, H, T, dk)
+        q = self._address(self.q_proj(query), 1.0 if self.normalized else self.scaling)  # (B, H, T, dk)
         if self.encoder_decoder_attention:
             out = self._read_source(q, key, value, key_padding_mask, incremental_state)
         elif self.causal:
@@ -158,7 +165,7 @@ class FastWeightAttention(nn.Module):
         else:
             state, z = self._write_whole(query, query, key_padding_mask)
             out = self._read(q, state, z)
-        out = (out * self.scaling).to(query.dtype)
+        out = out.to(query.dtype)
         # (B, H, T, d) -> (T, B, C)
         out = out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], self.embed_dim)
         return self.out_proj(out), None
@@ -191,9 +198,12 @@ class FastWeightAttention(nn.Module):
         """(T, B, C) -> (B, H, T, d)."""
         return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
-    def _address(self, x: Tensor) -> Tensor:
+    def _address(self, x: Tensor, scale: float) -> Tensor:
         """A projected query or key (T, B, C) -> its normalised features (B, H, T, dk), float32 at least."""
-        return normalize(self.feature_map(self._heads(x)), self.key_normalization)
+        if torch.jit.is_scripting():
+            return normalize(self.feature_map(self._heads(x)), self.key_normalization, scale)
+        else:
+            return address(self.feature_map, self._heads(x), self.key_normalization, scale, self.backend)
 
     def _operands(
         self, key: Tensor, value: Tensor, padding: Optional[Tensor]
@@ -202,7 +212,7 @@ class FastWeightAttention(nn.Module):
 
         A padding token has k = 0, so that whatever the rule makes of it, its write is the identity.
         """
-        k = self._address(self.k_proj(key))
+        k = self._address(self.k_proj(key), 1.0)
         v = self._heads(self.v_proj(value)).to(k.dtype)
         if padding is not None:
             k = k.masked_fill(padding[:, None, :, None], 0.0)
@@ -283,11 +293,11 @@ class FastWeightAttention(nn.Module):
             return k.new_empty(0) if read is None else read, kept
 
     def _divide(self, out: Tensor, denominator: Optional[Tensor]) -> Tensor:
-        """The read over z . q, which is the last column of ``out`` where z is a column of S."""
+        """The read, scaled, over z . q, which is the last column of ``out`` where z is a column of S."""
         if denominator is None:
             denominator = out[..., -1:]
             out = out[..., :-1]
-        return out / (denominator + self.eps)
+        return out * (self.scaling / (denominator + self.eps))
 
     def _read_past(
         self, q: Tensor, x: Tensor, padding: Optional[Tensor], incremental_state: IncrementalState

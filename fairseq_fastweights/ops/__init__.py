@@ -44,13 +44,13 @@ def fast_weight_scan(
         k: (B, H, T, dk) keys, after feature map and normalisation.
         v: (B, H, T, dv) values. dk and dv are independent; T may be 0.
         write: (B, H, T), None means 1.
-        erase: (B, H, T, dk), None means 0 (nothing is erased).
+        erase: (B, H, T, dk), or (B, H, T) for the erase keys erase_t k_t; None means 0 (nothing is erased).
         log_decay: (B, H, T), finite and <= 0, None means 0 (nothing decays).
         state: (B, H, dk, dv) to start from, None means zeros. Never modified.
         return_state: whether the final state is wanted. Without it, and without ``state``, a sequence of at
             most one chunk never builds a state.
         chunk_size: longest chunk of the chunked backend, None lets the backend choose.
-        backend: "auto", "reference", "chunked" or "cuda".
+        backend: "auto", "reference", "chunked", "numba" or "cuda".
 
     q, k, v share one dtype of float64, float32, bfloat16, float16; write, erase and log_decay may be float32
     beside half-precision ones. The state and all sums are float32 (float64 for float64 inputs).
@@ -84,7 +84,7 @@ def fast_weight_step(
     """One token of ``fast_weight_scan``, for decoding: the same arguments without the T axis.
 
     Args:
-        q, k, erase: (B, H, dk). v: (B, H, dv). write, log_decay: (B, H).
+        q, k: (B, H, dk). erase: (B, H, dk) or (B, H). v: (B, H, dv). write, log_decay: (B, H).
         state: (B', H, dk, dv); B' = B unless ``parent`` is given.
         parent: (B,) int64; row b continues from state[parent[b]], as beam search reorders its rows.
         out_state: (B, H, dk, dv), written in place and returned; may be ``state`` itself. None allocates.
@@ -146,5 +146,4 @@ def delta_rule(
     if not isinstance(beta, Tensor) or beta.shape != k.shape[:-1]:
         came = tuple(beta.shape) if isinstance(beta, Tensor) else type(beta).__name__
         raise FastWeightError(f"beta must have shape {tuple(k.shape[:-1])}, got {came}")
-    erase = beta[..., None] * k
-    return fast_weight_scan(q, k, v, write=beta, erase=erase, state=state, **options)
+    return fast_weight_scan(q, k, v, write=beta, erase=beta, state=state, **options)

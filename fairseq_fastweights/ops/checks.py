@@ -52,9 +52,11 @@ def check_operands(
         if x is None:
             continue
         _check_tensor(name, x)
-        if tuple(x.shape) != shapes[name]:
+        along_key = name == "erase" and tuple(x.shape) == rows
+        if tuple(x.shape) != shapes[name] and not along_key:
+            wanted = f"{shapes[name]} or {rows}" if name == "erase" else shapes[name]
             raise FastWeightError(
-                f"{name} must have shape {shapes[name]} to fit k {tuple(k.shape)} and v {tuple(v.shape)}, "
+                f"{name} must have shape {wanted} to fit k {tuple(k.shape)} and v {tuple(v.shape)}, "
                 f"got {tuple(x.shape)}"
             )
         if x.device != k.device:

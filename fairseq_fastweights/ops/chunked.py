@@ -40,6 +40,13 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def erase_keys(erase: Optional[Tensor], k: Tensor) -> Optional[Tensor]:
+    """The erase keys e, like k, where they may be given as their strength along k: e = erase k."""
+    if erase is not None and erase.dim() < k.dim():
+        return erase[..., None] * k
+    return erase
+
+
 def unit_lower_inverse(a: Tensor, block: int = SUBSTITUTION_BLOCK) -> Tensor:
     """(I + a)^-1 for strictly lower triangular a (..., C, C).
 
@@ -383,7 +390,7 @@ def chunked_scan(
             return out, None
         shape = (k.shape[0], k.shape[1], k.shape[3], v.shape[3])
         return out, v.new_zeros(shape, dtype=sum_dtype(v)) if state is None else state.clone()
-    return ChunkedScan.apply(q, k, v, write, erase, log_decay, state, need_state, chunk_size)
+    return ChunkedScan.apply(q, k, v, write, erase_keys(erase, k), log_decay, state, need_state, chunk_size)
 
 
 def scriptable_scan(
@@ -402,6 +409,7 @@ def scriptable_scan(
     """
     batch, heads, tokens, dk = k.shape
     length = chunk_length(tokens, chunk_size)
+    erase = erase_keys(erase, k)
     out, _, _, end = chunked_forward(
         None if q is None else to_chunks(q, length),
         to_chunks(k, length),

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import FastWeightError
 from . import numba_scan
-from .chunked import chunked_scan, no_autocast, sum_dtype
+from .chunked import chunked_scan, erase_keys, no_autocast, sum_dtype
 from .reference import reference_scan
 
 BACKENDS = ("auto", "reference", "chunked", "numba", "cuda")
@@ -48,6 +48,7 @@ def _reference(q, k, v, write, erase, log_decay, state, need_state, chunk_size):
     q, k, values, write, erase, log_decay = (
         None if x is None else x.to(dtype) for x in (q, k, v, write, erase, log_decay)
     )
+    erase = erase_keys(erase, k)
     with no_autocast(v.device.type):
         out, state = reference_scan(q, k, values, write, erase, log_decay, state)
     return None if out is None else out.to(v.dtype), state if need_state else None

@@ -12,22 +12,31 @@ product is added:
 The backward is two sweeps: one from the end carries dS, one from the start carries S, so no state is saved
 between forward and backward, whatever the length.
 
-A missing operand comes as an array of size 0, so that there is one kernel a dtype. Work arrays have their rows
+A kernel is called by every thread with the address of one ``job``, an array of int64:
+
+    0 the next head, taken by the threads in turn    1 heads in all (batch x heads)    2 heads of a sentence
+    3 tokens a chunk    4 tokens    5 dk    6 dv     then four numbers an operand:
+    its address, 0 if it is missing, and its strides in bytes along batch, heads and tokens
+
+Operands are (B, H, T, width) with neighbouring numbers in a row; gates have width 1, states have dk rows in place
+of tokens. Erase keys come whole (``erase``) or as a multiple of the key (``strength``). Work arrays have their rows
 padded to ``PAD`` with zeros. This file imports numba; import it only through ``numba_scan``.
 """
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 TILE = 4  # rows of a register tile; its columns are two vectors
 VECTOR = 32  # bytes
+FIRST_OPERAND = 7  # in a job
+JOB_SIZE = FIRST_OPERAND + 4 * 18
 PAD = 16  # work arrays have a multiple of this many columns: whole tiles in float32 and float64
 
 # products may be fused with sums and sums reordered, but nan and inf mean what they mean
-OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+OPTIONS = {"error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
 
 
 @intrinsic
@@ -191,31 +200,54 @@ def add_multiple(x, factor, y):
         x[j] += factor * y[j]
 
 
-# Between the tensors, of any strides but with neighbouring numbers in a row, and the padded work arrays.
+@intrinsic
+def take_next(typing_context, job):
+    """job[0]++, atomically: the value before."""
+
+    def codegen(context, builder, signature, arguments):
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        return builder.atomic_rmw("add", array.data, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(job), codegen
+
+
+# Between the operands and the padded work arrays. An operand of one head is (address, bytes from row to row).
 
 
 @njit(**OPTIONS)
-def load(work, x, start, count, rows):
-    """work[:count] = x[start : start + count], zero to its right and down to ``rows``."""
-    width = x.shape[1]
-    bytes_wide = width * x.itemsize
+def given(job, number):
+    """Whether operand ``number`` is there."""
+    return job[FIRST_OPERAND + 4 * number] != 0
+
+
+@njit(**OPTIONS)
+def of_head(job, number, head):
+    """The rows of operand ``number`` that belong to a head."""
+    address, batch, heads, row = job[FIRST_OPERAND + 4 * number : FIRST_OPERAND + 4 * number + 4]
+    return address + head // job[2] * batch + head % job[2] * heads, row
+
+
+@njit(**OPTIONS)
+def load(work, rows_of, width, start, count, rows):
+    """work[:count] = rows start.. of the operand, zero to their right and down to ``rows``."""
+    address, stride = rows_of
+    size = width * work.itemsize
     work_at = work.ctypes.data
-    x_at = x.ctypes.data + start * x.strides[0]
     for i in range(count):
-        copy_bytes(work_at + i * work.strides[0], x_at + i * x.strides[0], bytes_wide)
+        copy_bytes(work_at + i * work.strides[0], address + (start + i) * stride, size)
     if width < work.shape[1]:
         work[:count, width:] = 0
     work[count:rows] = 0
 
 
 @njit(**OPTIONS)
-def store(x, work, start, count):
-    """x[start : start + count] = work[:count]"""
-    bytes_wide = x.shape[1] * x.itemsize
+def store(rows_of, work, width, start, count):
+    """Rows start.. of the operand = work[:count]."""
+    address, stride = rows_of
+    size = width * work.itemsize
     work_at = work.ctypes.data
-    x_at = x.ctypes.data + start * x.strides[0]
     for i in range(count):
-        copy_bytes(x_at + i * x.strides[0], work_at + i * work.strides[0], bytes_wide)
+        copy_bytes(address + (start + i) * stride, work_at + i * work.strides[0], size)
 
 
 @njit(**OPTIONS)
@@ -233,10 +265,10 @@ def transpose(out, x, rows):
 
 @njit(**OPTIONS)
 def scale_rows(out, x, factors, rows):
-    """out = diag(factors) x"""
+    """out = diag(factors) x; factors (rows, 1)."""
     for i in range(rows):
         for j in range(x.shape[1]):
-            out[i, j] = factors[i] * x[i, j]
+            out[i, j] = factors[i, 0] * x[i, j]
 
 
 @njit(**OPTIONS)
@@ -247,19 +279,16 @@ def negate(x, rows):
 
 
 @njit(**OPTIONS)
-def decay_factors(log_decay, start, count, rows, pairs, since_start, until_end):
-    """Gam_ij = exp(l_i - l_j) for i >= j, g = exp(l) and g_C / g of a chunk; returns g_C. Padding decays nothing."""
-    total = np.empty(rows, log_decay.dtype)  # l = cumsum(log_decay)
-    last = log_decay.dtype.type(0)
+def decay_factors(log_decay, rows, pairs, since_start, until_end):
+    """Gam_ij = exp(l_i - l_j) for i >= j, g = exp(l) and g_C / g, l = cumsum(log_decay); returns g_C."""
+    for i in range(1, rows):
+        log_decay[i, 0] += log_decay[i - 1, 0]
+    last = log_decay[rows - 1, 0]
     for i in range(rows):
-        if i < count:
-            last += log_decay[start + i]
-        total[i] = last
-    for i in range(rows):
-        since_start[i] = np.exp(total[i])
-        until_end[i] = np.exp(last - total[i])
+        since_start[i, 0] = np.exp(log_decay[i, 0])
+        until_end[i, 0] = np.exp(last - log_decay[i, 0])
         for j in range(i + 1):
-            pairs[i, j] = np.exp(total[i] - total[j])
+            pairs[i, j] = np.exp(log_decay[i, 0] - log_decay[j, 0])
     return np.exp(last)
 
 
@@ -273,102 +302,120 @@ def round_up(rows):
     return (rows + TILE - 1) // TILE * TILE
 
 
-def forward(first, last, chunk, q, k, v, write, erase, log_decay, state, out, inserted, end):
-    """Heads first..last - 1, counted over the batch, of ``chunked_forward``. Writes out, inserted (R) and end."""
-    heads, tokens, dk, dv = k.shape[1], k.shape[2], padded(k.shape[3]), padded(v.shape[3])
-    reads, erases, decays = q.size > 0, erase.size > 0, log_decay.size > 0
-    size, number = padded(chunk), k.dtype
-    K, Q, N = np.empty((size, dk), number), np.empty((size, dk), number), np.empty((size, dk), number)
-    K_t = np.empty((dk, size), number)
-    R, O = np.empty((size, dv), number), np.empty((size, dv), number)
+@njit(**OPTIONS)
+def forward(job, number):
+    """``chunked_forward`` of one head after another. Writes out, inserted (R) and end, those that are given."""
+    Q_, K_, V_, WRITE, ERASE, STRENGTH, DECAY, STATE, OUT, INSERTED, END = range(11)
+    chunk, tokens, dk, dv = job[3], job[4], job[5], job[6]
+    reads, erases, decays = given(job, Q_), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
+    size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
+    K, Q, N = np.empty((size, wide_k), number), np.empty((size, wide_k), number), np.empty((size, wide_k), number)
+    K_t = np.empty((wide_k, size), number)
+    R, O = np.empty((size, wide_v), number), np.empty((size, wide_v), number)
     A, P = np.empty((size, size), number), np.empty((size, size), number)
-    S = np.empty((dk, dv), number)
-    length = size if decays else 0
-    pairs, since_start, until_end = np.empty((length, length), number), np.empty(length, number), np.empty(length, number)
-    kept = k.dtype.type(1)
-    for head in range(first, last):
-        b, h = head // heads, head % heads
-        empty = state.size == 0
+    S = np.empty((wide_k, wide_v), number)
+    gate, since_start, until_end = np.empty((size, 1), number), np.empty((size, 1), number), np.empty((size, 1), number)
+    pairs = np.empty((size, size) if decays else (0, 0), number)
+    kept = number(1)
+    head = take_next(job)
+    while head < job[1]:
+        empty = not given(job, STATE)
         if not empty:
-            load(S, state[b, h], 0, state.shape[2], dk)
+            load(S, of_head(job, STATE, head), dv, 0, dk, wide_k)
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
             rows = round_up(count)
-            load(K, k[b, h], start, count, rows)
+            load(K, of_head(job, K_, head), dk, start, count, rows)
             transpose(K_t, K, rows)
-            load(R, v[b, h], start, count, rows)
-            if write.size > 0:
-                scale_rows(R, R, write[b, h, start : start + count], count)
+            load(R, of_head(job, V_, head), dv, start, count, rows)
+            if given(job, WRITE):
+                load(gate, of_head(job, WRITE, head), 1, start, count, rows)
+                scale_rows(R, R, gate, rows)
             if decays:
-                kept = decay_factors(log_decay[b, h], start, count, rows, pairs, since_start, until_end)
+                load(gate, of_head(job, DECAY, head), 1, start, count, rows)
+                kept = decay_factors(gate, rows, pairs, since_start, until_end)
             if erases:
-                load(N, erase[b, h], start, count, rows)
-                negate(N, rows)
-                lower_product(A, N, K_t, rows, dk, pairs, -1)
+                load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows)
+                lower_product(A, N, K_t, rows, wide_k, pairs, -1)
                 if not empty:
                     if decays:
                         scale_rows(N, N, since_start, rows)
-                    product(R, N, S, rows, dk, True)
+                    product(R, N, S, rows, wide_k, True)
                 solve_lower(A, R, rows)
             if reads:
-                load(Q, q[b, h], start, count, rows)
-                lower_product(P, Q, K_t, rows, dk, pairs, 0)
+                load(Q, of_head(job, Q_, head), dk, start, count, rows)
+                lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
                 lower_times(O, P, R, rows, False)
                 if not empty:
                     if decays:
                         scale_rows(Q, Q, since_start, rows)
-                    product(O, Q, S, rows, dk, True)
-                store(out[b, h], O, start, count)
-            if inserted.size > 0:
-                store(inserted[b, h], R, start, count)
-            if end.size > 0 or start + chunk < tokens:
+                    product(O, Q, S, rows, wide_k, True)
+                store(of_head(job, OUT, head), O, dv, start, count)
+            if given(job, INSERTED):
+                store(of_head(job, INSERTED, head), R, dv, start, count)
+            if given(job, END) or start + chunk < tokens:
                 if decays:
                     scale_rows(K, K, until_end, rows)
                     if not empty:
                         S *= kept
-                product(S, K.T, R, dk, rows, not empty)
+                product(S, K.T, R, wide_k, rows, not empty)
                 empty = False
-        if end.size > 0:
-            store(end[b, h], S, 0, end.shape[2])
+        if given(job, END):
+            store(of_head(job, END, head), S, dv, 0, dk)
+        head = take_next(job)
 
 
-def backward(
-    first, last, chunk, q, k, v, write, erase, log_decay, state, inserted,
-    d_out, d_end, dq, dk_, dv_, d_write, d_erase, d_state,
-):  # fmt: skip
-    """Heads first..last - 1 of ``chunked_backward``, all but d log_decay. ``d_out`` is empty where nothing is read."""
-    heads, tokens, dk, dv = k.shape[1], k.shape[2], padded(k.shape[3]), padded(v.shape[3])
-    reads, erases, decays = d_out.size > 0, erase.size > 0, log_decay.size > 0
-    size, number = padded(chunk), k.dtype
-    K, Q, N = np.empty((size, dk), number), np.empty((size, dk), number), np.empty((size, dk), number)
-    dX, dK = np.empty((size, dk), number), np.empty((size, dk), number)
-    K_t, R_t = np.empty((dk, size), number), np.empty((dv, size), number)
-    R, dO, dB = np.empty((size, dv), number), np.empty((size, dv), number), np.empty((size, dv), number)
+@njit(**OPTIONS)
+def load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows):
+    """N = -E"""
+    if given(job, STRENGTH):
+        load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
+        scale_rows(N, K, gate, rows)
+    else:
+        load(N, of_head(job, ERASE, head), dk, start, count, rows)
+    negate(N, rows)
+
+
+@njit(**OPTIONS)
+def backward(job, number):
+    """``chunked_backward`` of one head after another, all but d log_decay. d_out is given if anything was read."""
+    Q_, K_, V_, WRITE, ERASE, STRENGTH, DECAY, STATE, INSERTED, D_OUT, D_END = range(11)
+    D_Q, D_K, D_V, D_WRITE, D_ERASE, D_STRENGTH, D_STATE = range(11, 18)
+    chunk, tokens, dk, dv = job[3], job[4], job[5], job[6]
+    reads, erases, decays = given(job, D_OUT), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
+    along_key = given(job, STRENGTH)
+    size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
+    K, Q, N = np.empty((size, wide_k), number), np.empty((size, wide_k), number), np.empty((size, wide_k), number)
+    dX, dK = np.empty((size, wide_k), number), np.empty((size, wide_k), number)
+    K_t, R_t = np.empty((wide_k, size), number), np.empty((wide_v, size), number)
+    R, dO, dB = np.empty((size, wide_v), number), np.empty((size, wide_v), number), np.empty((size, wide_v), number)
     A, P = np.empty((size, size), number), np.empty((size, size), number)
-    dS, S_t = np.empty((dk, dv), number), np.empty((dv, dk), number)
-    length = size if decays else 0
-    pairs, since_start, until_end = np.empty((length, length), number), np.empty(length, number), np.empty(length, number)
-    kept = k.dtype.type(1)
+    dS, S_t = np.empty((wide_k, wide_v), number), np.empty((wide_v, wide_k), number)
+    gate, since_start, until_end = np.empty((size, 1), number), np.empty((size, 1), number), np.empty((size, 1), number)
+    d_gate = np.empty((size, 1), number)
+    pairs = np.empty((size, size) if decays else (0, 0), number)
+    kept = number(1)
     last_start = (tokens - 1) // chunk * chunk
-    for head in range(first, last):
-        b, h = head // heads, head % heads
+    head = take_next(job)
+    while head < job[1]:
         # from the end, carrying dS
-        empty = d_end.size == 0
+        empty = not given(job, D_END)
         if not empty:
-            load(dS, d_end[b, h], 0, d_end.shape[2], dk)
+            load(dS, of_head(job, D_END, head), dv, 0, dk, wide_k)
         for start in range(last_start, -1, -chunk):
             count = min(chunk, tokens - start)
             rows = round_up(count)
-            load(K, k[b, h], start, count, rows)
+            load(K, of_head(job, K_, head), dk, start, count, rows)
             transpose(K_t, K, rows)
-            load(R, inserted[b, h], start, count, rows)
+            load(R, of_head(job, INSERTED, head), dv, start, count, rows)
             transpose(R_t, R, rows)
             if decays:
-                kept = decay_factors(log_decay[b, h], start, count, rows, pairs, since_start, until_end)
+                load(gate, of_head(job, DECAY, head), 1, start, count, rows)
+                kept = decay_factors(gate, rows, pairs, since_start, until_end)
             if not empty:  # dB is dR first
-                transpose(S_t, dS, dk)
-                product(dK, R, S_t, rows, dv, False)
-                product(dB, K, dS, rows, dk, False)
+                transpose(S_t, dS, wide_k)
+                product(dK, R, S_t, rows, wide_v, False)
+                product(dB, K, dS, rows, wide_k, False)
                 if decays:
                     scale_rows(dK, dK, until_end, rows)
                     scale_rows(dB, dB, until_end, rows)
@@ -376,99 +423,147 @@ def backward(
                 dK[:rows] = 0
                 dB[:rows] = 0
             if reads:
-                load(Q, q[b, h], start, count, rows)
-                load(dO, d_out[b, h], start, count, rows)
-                lower_product(P, Q, K_t, rows, dk, pairs, 0)
+                load(Q, of_head(job, Q_, head), dk, start, count, rows)
+                load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
+                lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
                 upper_times(dB, P.T, dO, rows, True)
             if erases:
-                load(N, erase[b, h], start, count, rows)
-                negate(N, rows)
-                lower_product(A, N, K_t, rows, dk, pairs, -1)
+                load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows)
+                lower_product(A, N, K_t, rows, wide_k, pairs, -1)
                 solve_upper(A.T, dB, rows)
-                lower_product(A, dB, R_t, rows, dv, pairs, -1)  # dA . Gam
-                lower_times(dX, A, K, rows, False)  # dN
-                store(d_erase[b, h], dX, start, count)
+                lower_product(A, dB, R_t, rows, wide_v, pairs, -1)  # dA . Gam
                 upper_times(dK, A.T, N, rows, True)
+                lower_times(dX, A, K, rows, False)
+                negate(dX, rows)  # dE
+                if along_key:
+                    d_gate[:rows] = 0
+                    add_along_key(dX, K, gate, d_gate, dK, rows)
+                    store(of_head(job, D_STRENGTH, head), d_gate, 1, start, count)
+                else:
+                    store(of_head(job, D_ERASE, head), dX, dk, start, count)
             if reads:
-                lower_product(P, dO, R_t, rows, dv, pairs, 0)  # dP . Gam
+                lower_product(P, dO, R_t, rows, wide_v, pairs, 0)  # dP . Gam
                 lower_times(dX, P, K, rows, False)
-                store(dq[b, h], dX, start, count)
+                store(of_head(job, D_Q, head), dX, dk, start, count)
                 upper_times(dK, P.T, Q, rows, True)
-            store(dk_[b, h], dK, start, count)
-            store(dv_[b, h], dB, start, count)
-            if start > 0 or d_state.size > 0:
+            store(of_head(job, D_K, head), dK, dk, start, count)
+            store(of_head(job, D_V, head), dB, dv, start, count)
+            if start > 0 or given(job, D_STATE):
                 if decays and not empty:
                     dS *= kept
                 if reads:
                     if decays:
                         scale_rows(Q, Q, since_start, rows)
-                    product(dS, Q.T, dO, dk, rows, not empty)
+                    product(dS, Q.T, dO, wide_k, rows, not empty)
                     empty = False
                 if erases and not empty:  # dB is 0 while dS is and nothing reads
                     if decays:
                         scale_rows(N, N, since_start, rows)
-                    product(dS, N.T, dB, dk, rows, True)
-        if d_state.size > 0:
-            store(d_state[b, h], dS, 0, d_state.shape[2])
+                    product(dS, N.T, dB, wide_k, rows, True)
+        if given(job, D_STATE):
+            store(of_head(job, D_STATE, head), dS, dv, 0, dk)
 
         # from the start, carrying S: what reads and erasures of earlier states give
-        empty = state.size == 0
+        empty = not given(job, STATE)
         if not empty:
-            load(dS, state[b, h], 0, state.shape[2], dk)
-            transpose(S_t, dS, dk)
+            load(dS, of_head(job, STATE, head), dv, 0, dk, wide_k)
+            transpose(S_t, dS, wide_k)
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
             rows = round_up(count)
             if decays:
-                kept = decay_factors(log_decay[b, h], start, count, rows, pairs, since_start, until_end)
+                load(gate, of_head(job, DECAY, head), 1, start, count, rows)
+                kept = decay_factors(gate, rows, pairs, since_start, until_end)
             if reads and not empty:
-                load(dO, d_out[b, h], start, count, rows)
+                load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
                 if decays:
                     scale_rows(dO, dO, since_start, rows)
-                load(dX, dq[b, h], start, count, rows)
-                product(dX, dO, S_t, rows, dv, True)
-                store(dq[b, h], dX, start, count)
-            if erases:
-                load(dX, d_erase[b, h], start, count, rows)
-                if not empty:
-                    load(dB, dv_[b, h], start, count, rows)
-                    if decays:
-                        scale_rows(dB, dB, since_start, rows)
-                    product(dX, dB, S_t, rows, dv, True)
-                negate(dX, rows)
-                store(d_erase[b, h], dX, start, count)
+                load(dX, of_head(job, D_Q, head), dk, start, count, rows)
+                product(dX, dO, S_t, rows, wide_v, True)
+                store(of_head(job, D_Q, head), dX, dk, start, count)
+            load(K, of_head(job, K_, head), dk, start, count, rows)
+            if erases and not empty:
+                load(dB, of_head(job, D_V, head), dv, start, count, rows)
+                if decays:
+                    scale_rows(dB, dB, since_start, rows)
+                negate(dB, rows)
+                if along_key:
+                    product(dX, dB, S_t, rows, wide_v, False)
+                    load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
+                    load(d_gate, of_head(job, D_STRENGTH, head), 1, start, count, rows)
+                    load(dK, of_head(job, D_K, head), dk, start, count, rows)
+                    add_along_key(dX, K, gate, d_gate, dK, rows)
+                    store(of_head(job, D_STRENGTH, head), d_gate, 1, start, count)
+                    store(of_head(job, D_K, head), dK, dk, start, count)
+                else:
+                    load(dX, of_head(job, D_ERASE, head), dk, start, count, rows)
+                    product(dX, dB, S_t, rows, wide_v, True)
+                    store(of_head(job, D_ERASE, head), dX, dk, start, count)
             if start < last_start:
-                load(K, k[b, h], start, count, rows)
-                load(R, inserted[b, h], start, count, rows)
+                load(R, of_head(job, INSERTED, head), dv, start, count, rows)
                 if decays:
                     scale_rows(K, K, until_end, rows)
                     if not empty:
                         S_t *= kept
-                product(S_t, R.T, K, dv, rows, not empty)
+                product(S_t, R.T, K, wide_v, rows, not empty)
                 empty = False
-        if write.size > 0:
-            for t in range(tokens):
-                strength = number.type(0)
-                for j in range(v.shape[3]):
-                    strength += dv_[b, h, t, j] * v[b, h, t, j]
-                    dv_[b, h, t, j] *= write[b, h, t]
-                d_write[b, h, t] = strength
+            if given(job, WRITE):  # dV = diag(w) dB, dw = dB . V
+                load(dB, of_head(job, D_V, head), dv, start, count, rows)
+                load(R, of_head(job, V_, head), dv, start, count, rows)
+                load(gate, of_head(job, WRITE, head), 1, start, count, rows)
+                row_products(d_gate, dB, R, rows)
+                scale_rows(dB, dB, gate, rows)
+                store(of_head(job, D_WRITE, head), d_gate, 1, start, count)
+                store(of_head(job, D_V, head), dB, dv, start, count)
+        head = take_next(job)
 
 
-def compiled(name, dtype):
-    """The kernel ``name`` ("forward" or "backward") for one dtype, from the cache on disk if it is there.
+@njit(**OPTIONS)
+def add_along_key(dE, K, strength, d_strength, dK, rows):
+    """Erase keys e = strength k: d strength += dE . K and dK += diag(strength) dE."""
+    for i in range(rows):
+        factor = strength[i, 0]
+        total = d_strength[i, 0]
+        for j in range(dE.shape[1]):
+            total += dE[i, j] * K[i, j]
+            dK[i, j] += factor * dE[i, j]
+        d_strength[i, 0] = total
 
-    The arguments are three integers and then arrays of any strides.
-    """
-    axes = {
-        "forward": [4, 4, 4, 3, 4, 3, 4, 4, 4, 4],
-        "backward": [4, 4, 4, 3, 4, 3, 4, 4, 4, 4, 4, 4, 4, 3, 4, 4],
-    }
-    number = getattr(types, dtype)
-    signature = (types.intp,) * 3 + tuple(types.Array(number, n, "A") for n in axes[name])
-    function = {"forward": forward, "backward": backward}[name]
+
+@njit(**OPTIONS)
+def row_products(out, x, y, rows):
+    """out = rowsum(x . y)"""
+    for i in range(rows):
+        total = x.dtype.type(0)
+        for j in range(x.shape[1]):
+            total += x[i, j] * y[i, j]
+        out[i, 0] = total
+
+
+# What the host calls, one a dtype: numba compiles a function of one address.
+
+
+def forward_float32(address):
+    forward(carray(address, JOB_SIZE, np.int64), np.float32)
+
+
+def forward_float64(address):
+    forward(carray(address, JOB_SIZE, np.int64), np.float64)
+
+
+def backward_float32(address):
+    backward(carray(address, JOB_SIZE, np.int64), np.float32)
+
+
+def backward_float64(address):
+    backward(carray(address, JOB_SIZE, np.int64), np.float64)
+
+
+def compiled(entry):
+    """The machine code of such a function, from numba's cache on disk if it is there, as a ctypes function."""
+    signature = types.void(types.voidptr)
     try:
-        kernel = njit(cache=True, **OPTIONS)(function)
+        code = cfunc(signature, cache=True)(entry)
     except RuntimeError:  # no folder that numba may write to
-        kernel = njit(**OPTIONS)(function)
-    return kernel.compile(signature)
+        code = cfunc(signature)(entry)
+    return code.ctypes

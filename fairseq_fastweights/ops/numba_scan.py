@@ -4,12 +4,13 @@ Nothing of numba is imported before the first scan. The compiled code is kept be
 cannot be written, in the user's cache), so that only the first run on a machine waits for the compiler.
 """
 
+import ctypes
 import functools
 import importlib.util
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .chunked import chunk_length, chunked_scan, sum_dtype
 logger = logging.getLogger(__name__)
 
 NUMBA_CHUNK = 32  # fastest of 8 to 64 at head widths 16 to 64: benchmarks/README.md
+JOB_SIZE = 7 + 4 * 18  # as in numba_kernels, which must not be imported before it is used
 WORTH_A_THREAD = 2**16  # multiplications of a scan below which starting a thread costs more than it saves
 
 
@@ -33,49 +35,91 @@ def refusal() -> Optional[str]:
 
 @functools.lru_cache(None)
 def kernel(name: str, dtype: torch.dtype) -> Callable:
-    """The kernel ``name`` of ``numba_kernels`` for one dtype, compiled or loaded from the cache."""
+    """The kernel ``name`` for one dtype, compiled or loaded from the cache: a ctypes function of a job's address."""
     logging.getLogger("numba").setLevel(logging.WARNING)  # it writes a line an instruction at level DEBUG
-    from . import numba_kernels
+    from . import numba_features, numba_kernels
 
-    return numba_kernels.compiled(name, str(dtype).replace("torch.", ""))
+    source = numba_features if name.startswith("address") else numba_kernels
+    entry = f"{name}_{str(dtype).replace('torch.', '')}"
+    return numba_kernels.compiled(getattr(source, entry))
 
 
 @functools.lru_cache(None)
-def helpers(threads: int) -> ThreadPoolExecutor:
+def parallel() -> Callable:
+    """parallel(function, address, threads): call function(address) in several threads at once.
+
+    By the OpenMP library that torch has loaded, where it is GNU's: the threads are then those that torch uses, which
+    wait for work on their cores for milliseconds and would be in the way of any others.
+    """
+    try:
+        region = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError):  # TypeError: Windows has no library None
+        return _in_python_threads
+    region.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    region.restype = None
+
+    def in_openmp(function, address: int, threads: int) -> None:
+        region(ctypes.cast(function, ctypes.c_void_p), address, threads, 0)
+
+    return in_openmp
+
+
+@functools.lru_cache(None)
+def _helpers(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="fast_weights")
 
 
-os.register_at_fork(after_in_child=helpers.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork
 
 
-def run(compute: Callable, heads: int, cost: int, *arguments) -> None:
-    """compute(first, last, *arguments) over all heads, shared out to torch's number of threads."""
-    shares = 1 if cost < WORTH_A_THREAD else min(torch.get_num_threads(), heads)
-    borders = [heads * n // shares for n in range(shares + 1)]
-    others = [
-        helpers(shares - 1).submit(compute, first, last, *arguments)
-        for first, last in zip(borders[1:-1], borders[2:])
-    ]
-    compute(0, borders[1], *arguments)
+def _in_python_threads(function, address: int, threads: int) -> None:
+    others = [_helpers(threads - 1).submit(function, address) for _ in range(threads - 1)]
+    function(address)  # ctypes lets go of the interpreter meanwhile
     for other in others:
         other.result()
 
 
-def arrays(tensors: List[Optional[Tensor]], ranks: List[int], dtype: torch.dtype) -> list:
-    """The tensors as numpy arrays of one dtype, without a copy where rows are contiguous; None as an empty array."""
-    return [
-        torch.empty([0] * rank, dtype=dtype).numpy() if x is None else rows(x, dtype).numpy()
-        for x, rank in zip(tensors, ranks)
-    ]
+def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], cost: int) -> None:
+    """Run a kernel on (B, H, ...) operands of one dtype; ``sizes``: chunk, T, dk, dv as in ``numba_kernels``."""
+    first = next(x for x in operands if x is not None)
+    item = first.element_size()
+    numbers = [0, first.shape[0] * first.shape[1], first.shape[1], *sizes]
+    for x in operands:
+        if x is None:
+            numbers += (0, 0, 0, 0)
+        else:
+            stride = x.stride()
+            numbers += (x.data_ptr(), stride[0] * item, stride[1] * item, stride[2] * item)
+    job = (ctypes.c_int64 * JOB_SIZE)(*numbers)
+    function = kernel(name, first.dtype)
+    threads = min(torch.get_num_threads(), numbers[1])
+    if threads < 2 or cost < WORTH_A_THREAD:
+        function(ctypes.addressof(job))
+    else:
+        parallel()(function, ctypes.addressof(job), threads)
 
 
-def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype``, with neighbouring numbers in its last axis."""
-    x = x.detach().to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def readable(x: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """x in ``dtype`` and with neighbouring numbers in its last axis, as the kernels copy whole rows."""
+    if x is None:
+        return None
+    x = x.to(dtype)
+    return x if x.dim() == 3 or x.stride(-1) == 1 else x.contiguous()
 
 
-INPUTS = [4, 4, 4, 3, 4, 3, 4]  # axes of q, k, v, write, erase, log_decay, state
+def result_like(x: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """New memory for a result in the order of x's axes, so that what comes after needs no transposed copy."""
+    if x is None:
+        return None
+    result = torch.empty_like(x, dtype=dtype)
+    return result if x.dim() == 3 or result.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype)
+
+
+def split_erase(q, k, v, write, erase, log_decay, state) -> list:
+    """The operands as the kernels take them: erase keys (B, H, T, dk), or their strength (B, H, T) along k."""
+    along_key = erase is not None and erase.dim() == 3
+    return [q, k, v, write, None if along_key else erase, erase if along_key else None, log_decay, state]
 
 
 class NumbaScan(torch.autograd.Function):
@@ -84,19 +128,19 @@ class NumbaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, write, erase, log_decay, state, need_state, chunk_size):
         dtype = sum_dtype(v)
-        inputs = [q, k, v, write, erase, log_decay, state]
+        given = [q, k, v, write, erase, log_decay, state]
+        inputs = [readable(x, dtype) for x in given]
         batch, heads, tokens, dk = k.shape
         dv = v.shape[-1]
         ctx.chunk = chunk_length(tokens, chunk_size, NUMBA_CHUNK)
         ctx.set_materialize_grads(False)
-        out = None if q is None else torch.empty_like(v, dtype=dtype)
-        erases_in_backward = erase is not None and any(ctx.needs_input_grad)
-        inserted = torch.empty_like(v, dtype=dtype) if erases_in_backward or write is not None else None
+        out = None if q is None else result_like(v, dtype)
+        values_differ = (erase is not None or write is not None) and any(ctx.needs_input_grad)
+        inserted = result_like(v, dtype) if values_differ else None
         end = v.new_empty(batch, heads, dk, dv, dtype=dtype) if need_state else None
-        operands = arrays(inputs, INPUTS, dtype)
-        results = arrays([out, inserted, end], [4, 4, 4], dtype)
-        run(kernel("forward", dtype), batch * heads, k.numel() * dv, ctx.chunk, *operands, *results)
-        ctx.save_for_backward(*inputs, v if inserted is None else inserted, None if log_decay is None else end)
+        operands = [*split_erase(*inputs), out, inserted, end]
+        run("forward", (ctx.chunk, tokens, dk, dv), operands, k.numel() * dv)
+        ctx.save_for_backward(*given, v if inserted is None else inserted, None if log_decay is None else end)
         return None if out is None else out.to(v.dtype), end
 
     @staticmethod
@@ -106,48 +150,44 @@ class NumbaScan(torch.autograd.Function):
                 "fast_weight_scan has no second derivative (create_graph=True reached its backward): "
                 "use backend='reference', which autograd can differentiate any number of times"
             )
-        *inputs, inserted, end = ctx.saved_tensors
-        q, k, v, write, erase, log_decay, state = inputs
-        dtype = sum_dtype(v)
+        *given, inserted, end = ctx.saved_tensors
+        dtype = sum_dtype(inserted)
+        q, k, v, write, erase, log_decay, state = inputs = [readable(x, dtype) for x in given]
+        inserted, d_out, d_end = (readable(x, dtype) for x in (inserted, d_out, d_end))
+        dq, dk, dv, dw, de, d_state = (result_like(x, dtype) for x in (q, k, v, write, erase, state))
         if q is None:
             d_out = None
-        # a missing input has no gradient; nothing read: no gradient for q
-        dq, dk, dv, dw, de, d_state = (
-            None if x is None else torch.empty_like(x, dtype=dtype) for x in (q, k, v, write, erase, state)
-        )
-        if d_out is None and q is not None:
+        elif d_out is None:
             dq.zero_()
-        operands = arrays(inputs, INPUTS, dtype)
-        gradients = arrays([inserted, d_out, d_end], [4, 4, 4], dtype)
-        results = arrays([dq, dk, dv, dw, de, d_state], [4, 4, 4, 3, 4, 4], dtype)
-        heads = k.shape[0] * k.shape[1]
-        run(
-            kernel("backward", dtype),
-            heads,
-            k.numel() * v.shape[-1],
-            ctx.chunk,
-            *operands,
-            *gradients,
-            *results,
-        )
+        *results, _, d_start = split_erase(dq, dk, dv, dw, de, None, d_state)
+        results.append(d_start)
+        sizes = (ctx.chunk, *k.shape[2:], v.shape[-1])
+        run("backward", sizes, [*split_erase(*inputs), inserted, d_out, d_end, *results], k.numel() * v.shape[-1])
         d_decay = None
         if log_decay is not None:
-            d_decay = decay_gradient([(q, dq), (erase, de)], k, dk, end, d_end)
+            d_decay = decay_gradient(q, k, erase, dq, dk, de, end, d_end)
         grads = [
-            None if g is None else g.to(x.dtype) for g, x in zip((dq, dk, dv, dw, de, d_decay, d_state), inputs)
+            None if g is None else g.to(x.dtype) for g, x in zip((dq, dk, dv, dw, de, d_decay, d_state), given)
         ]
         return (*grads, None, None)
 
 
-def decay_gradient(read_by, k, dk, end, d_end) -> Tensor:
+def decay_gradient(q, k, erase, dq, dk, de, end, d_end) -> Tensor:
     """d log_decay_t = sum over i >= t of (q_i . dq_i + e_i . de_i - k_i . dk_i) + <dS, S> at the end.
 
     Summed in float64: what is added in one place is taken off in another.
     """
-    local = -(k * dk).sum(-1, dtype=torch.float64)  # (B, H, T)
-    for x, dx in read_by:
-        if x is not None:
-            local += (x * dx).sum(-1, dtype=torch.float64)
+
+    def dot(a, b):
+        return (a * b).sum(-1, dtype=torch.float64)
+
+    local = -dot(k, dk)  # (B, H, T)
+    if q is not None:
+        local += dot(q, dq)
+    if erase is not None and erase.dim() == 4:
+        local += dot(erase, de)
+    elif erase is not None:  # e = strength k, and dk holds strength de too
+        local += 2 * (erase * de).double()
     if d_end is not None:
         local[:, :, -1] += (d_end * end).sum((-1, -2), dtype=torch.float64)
     return local.flip(-1).cumsum(-1).flip(-1)
@@ -168,3 +208,47 @@ def numba_scan(
     if k.shape[2] == 0:
         return chunked_scan(q, k, v, write, erase, log_decay, state, need_state, chunk_size)
     return NumbaScan.apply(q, k, v, write, erase, log_decay, state, need_state, chunk_size)
+
+
+class NumbaAddress(torch.autograd.Function):
+    """Feature map and normalisation of ``numba_features``; saves its input alone."""
+
+    @staticmethod
+    def forward(ctx, x, features, settings):
+        ctx.settings = settings
+        ctx.save_for_backward(x)
+        x = readable(x, sum_dtype(x))
+        out = torch.empty_like(x) if features == x.shape[-1] else x.new_empty(*x.shape[:-1], features)
+        _address("address_forward", settings, x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        if torch.is_grad_enabled():
+            raise FastWeightError(
+                "the numba kernels have no second derivative (create_graph=True reached their backward): "
+                "use backend='reference'"
+            )
+        (given,) = ctx.saved_tensors
+        x = readable(given, sum_dtype(given))
+        dx = torch.empty_like(x)
+        _address("address_backward", ctx.settings, x, d_out, dx)
+        return dx.to(given.dtype), None, None
+
+
+def _address(name: str, settings: tuple, x: Tensor, out: Tensor, *more: Tensor) -> None:
+    """A kernel of ``numba_features``; out has the width of the features."""
+    code, *numbers = settings
+    numbers = x.new_tensor(numbers).view(1, 1, 1, 2).expand(*x.shape[:2], 1, 2)
+    run(name, (code, *x.shape[2:], out.shape[-1]), [x, numbers, out, *more], 16 * x.numel())
+
+
+def numba_address(
+    x: Tensor, map_name: str, features: int, normalization: str, scale: float, smallest: float
+) -> Tensor:
+    """scale normalize(phi(x)) for x (B, H, T, head_dim): (B, H, T, features), float32 at least."""
+    from . import numba_features
+
+    code = 8 * numba_features.MAPS.index(map_name) + numba_features.NORMALIZATIONS.index(normalization)
+    settings = (code, scale, smallest)
+    return NumbaAddress.apply(x, features, settings)
