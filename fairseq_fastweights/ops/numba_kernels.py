@@ -370,10 +370,11 @@ def load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows):
     """N = -E"""
     if given(job, STRENGTH):
         load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
+        negate(gate, rows)
         scale_rows(N, K, gate, rows)
     else:
         load(N, of_head(job, ERASE, head), dk, start, count, rows)
-    negate(N, rows)
+        negate(N, rows)
 
 
 @njit(**OPTIONS)
@@ -396,6 +397,7 @@ def backward(job, number):
     pairs = np.empty((size, size) if decays else (0, 0), number)
     kept = number(1)
     last_start = (tokens - 1) // chunk * chunk
+    stateless = last_start == 0 and not given(job, STATE)  # then one sweep is all
     head = take_next(job)
     while head < job[1]:
         # from the end, carrying dS
@@ -433,13 +435,13 @@ def backward(job, number):
                 solve_upper(A.T, dB, rows)
                 lower_product(A, dB, R_t, rows, wide_v, pairs, -1)  # dA . Gam
                 upper_times(dK, A.T, N, rows, True)
-                lower_times(dX, A, K, rows, False)
-                negate(dX, rows)  # dE
+                lower_times(dX, A, K, rows, False)  # dN
                 if along_key:
                     d_gate[:rows] = 0
                     add_along_key(dX, K, gate, d_gate, dK, rows)
                     store(of_head(job, D_STRENGTH, head), d_gate, 1, start, count)
                 else:
+                    negate(dX, rows)
                     store(of_head(job, D_ERASE, head), dX, dk, start, count)
             if reads:
                 lower_product(P, dO, R_t, rows, wide_v, pairs, 0)  # dP . Gam
@@ -447,7 +449,10 @@ def backward(job, number):
                 store(of_head(job, D_Q, head), dX, dk, start, count)
                 upper_times(dK, P.T, Q, rows, True)
             store(of_head(job, D_K, head), dK, dk, start, count)
-            store(of_head(job, D_V, head), dB, dv, start, count)
+            if stateless and given(job, WRITE):
+                finish_write(job, head, dB, R, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows)
+            else:
+                store(of_head(job, D_V, head), dB, dv, start, count)
             if start > 0 or given(job, D_STATE):
                 if decays and not empty:
                     dS *= kept
@@ -463,6 +468,9 @@ def backward(job, number):
         if given(job, D_STATE):
             store(of_head(job, D_STATE, head), dS, dv, 0, dk)
 
+        if stateless:
+            head = take_next(job)
+            continue
         # from the start, carrying S: what reads and erasures of earlier states give
         empty = not given(job, STATE)
         if not empty:
@@ -486,16 +494,17 @@ def backward(job, number):
                 load(dB, of_head(job, D_V, head), dv, start, count, rows)
                 if decays:
                     scale_rows(dB, dB, since_start, rows)
-                negate(dB, rows)
                 if along_key:
                     product(dX, dB, S_t, rows, wide_v, False)
                     load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
+                    negate(gate, rows)
                     load(d_gate, of_head(job, D_STRENGTH, head), 1, start, count, rows)
                     load(dK, of_head(job, D_K, head), dk, start, count, rows)
                     add_along_key(dX, K, gate, d_gate, dK, rows)
                     store(of_head(job, D_STRENGTH, head), d_gate, 1, start, count)
                     store(of_head(job, D_K, head), dK, dk, start, count)
                 else:
+                    negate(dB, rows)
                     load(dX, of_head(job, D_ERASE, head), dk, start, count, rows)
                     product(dX, dB, S_t, rows, wide_v, True)
                     store(of_head(job, D_ERASE, head), dX, dk, start, count)
@@ -507,27 +516,33 @@ def backward(job, number):
                         S_t *= kept
                 product(S_t, R.T, K, wide_v, rows, not empty)
                 empty = False
-            if given(job, WRITE):  # dV = diag(w) dB, dw = dB . V
+            if given(job, WRITE):
                 load(dB, of_head(job, D_V, head), dv, start, count, rows)
-                load(R, of_head(job, V_, head), dv, start, count, rows)
-                load(gate, of_head(job, WRITE, head), 1, start, count, rows)
-                row_products(d_gate, dB, R, rows)
-                scale_rows(dB, dB, gate, rows)
-                store(of_head(job, D_WRITE, head), d_gate, 1, start, count)
-                store(of_head(job, D_V, head), dB, dv, start, count)
+                finish_write(job, head, dB, R, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows)
         head = take_next(job)
 
 
 @njit(**OPTIONS)
-def add_along_key(dE, K, strength, d_strength, dK, rows):
-    """Erase keys e = strength k: d strength += dE . K and dK += diag(strength) dE."""
+def add_along_key(dN, K, gate, d_strength, dK, rows):
+    """N = diag(gate) K with gate = -strength: dK += diag(gate) dN and d strength -= dN . K."""
     for i in range(rows):
-        factor = strength[i, 0]
+        factor = gate[i, 0]
         total = d_strength[i, 0]
-        for j in range(dE.shape[1]):
-            total += dE[i, j] * K[i, j]
-            dK[i, j] += factor * dE[i, j]
+        for j in range(dN.shape[1]):
+            total -= dN[i, j] * K[i, j]
+            dK[i, j] += factor * dN[i, j]
         d_strength[i, 0] = total
+
+
+@njit(**OPTIONS)
+def finish_write(job, head, dB, V, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows):
+    """dV = diag(w) dB, dw = dB . V; V is work space."""
+    load(V, of_head(job, V_, head), dv, start, count, rows)
+    load(gate, of_head(job, WRITE, head), 1, start, count, rows)
+    row_products(d_gate, dB, V, rows)
+    scale_rows(dB, dB, gate, rows)
+    store(of_head(job, D_WRITE, head), d_gate, 1, start, count)
+    store(of_head(job, D_V, head), dB, dv, start, count)
 
 
 @njit(**OPTIONS)
