@@ -21,8 +21,9 @@ from ..ops import fast_weight_scan
 from ..ops.checks import check_chunk_size
 from ..ops.chunked import scriptable_scan
 from ..ops.decode import step
-from ..ops.dispatch import check_backend
-from ..update_rules import ATTENTION_EPS, build_update_rule, rule_class
+from ..ops.dispatch import check_backend, refusals
+from ..ops.lazy_state import LazyState
+from ..update_rules import ATTENTION_EPS, Operands, build_update_rule, rule_class
 
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
 
@@ -235,9 +236,7 @@ class FastWeightAttention(nn.Module):
 
         Returns (out (B, H, T, dv), state, z); out is empty without q.
         """
-        write, erase, log_decay, sums = self.rule(k, gates, z)
-        if log_decay is not None and padding is not None:
-            log_decay = log_decay.masked_fill(padding, 0.0)
+        write, erase, log_decay, sums = self._rule_operands(k, gates, padding, z)
         one_token = k.shape[2] == 1 and state is not None and not torch.is_grad_enabled()
         if one_token and q is not None and state is not None:
             read, state = step(
@@ -249,11 +248,24 @@ class FastWeightAttention(nn.Module):
                 None if log_decay is None else log_decay[:, :, 0],
                 state,
                 None,
-                None,
+                state,
             )
             out = read[:, :, None]
         else:
             out, state = self._scan_tokens(q, k, v, write, erase, log_decay, state, need_state)
+        out, z = self._finish(q, out, sums, need_state, z)
+        return out, state, z
+
+    def _rule_operands(self, k: Tensor, gates: Tensor, padding: Optional[Tensor], z: Optional[Tensor]) -> Operands:
+        write, erase, log_decay, sums = self.rule(k, gates, z)
+        if log_decay is not None and padding is not None:
+            log_decay = log_decay.masked_fill(padding, 0.0)
+        return write, erase, log_decay, sums
+
+    def _finish(
+        self, q: Optional[Tensor], out: Tensor, sums: Optional[Tensor], need_state: bool, z: Optional[Tensor]
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """What was read, normalised, and z after the tokens."""
         if sums is not None and need_state:
             z = sums[:, :, -1].clone()  # a view would keep the sums of all tokens alive
         if q is not None and self.normalized:
@@ -261,7 +273,7 @@ class FastWeightAttention(nn.Module):
             if sums is not None:
                 denominator = (q * sums).sum(-1, keepdim=True)
             out = self._divide(out, denominator)
-        return out, state, z
+        return out, z
 
     def _scan_tokens(
         self,
@@ -309,12 +321,44 @@ class FastWeightAttention(nn.Module):
         z: Optional[Tensor] = None
         if incremental_state is None:
             out, state, z = self._scan(q, k, v, gates, padding, state, z, False)
+        elif not torch.jit.is_scripting() and self._is_lazy(k):
+            out = self._read_past_lazily(q, k, v, gates, padding, incremental_state)
         else:
             saved = self._get_input_buffer(incremental_state)
             if "state" in saved:
                 state, z = saved["state"], saved["z"]
             out, state, z = self._scan(q, k, v, gates, padding, state, z, True)
             self._set_input_buffer(incremental_state, {"state": state, "z": z})
+        return out
+
+    @torch.jit.unused
+    def _is_lazy(self, k: Tensor) -> bool:
+        """Whether decoding keeps a ``LazyState``, which the CPU kernels read, in place of the matrices."""
+        wanted = self.backend in ("auto", "numba") and not torch.is_grad_enabled()
+        return wanted and refusals(k.device)["numba"] is None
+
+    @torch.jit.unused
+    def _read_past_lazily(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        padding: Optional[Tensor],
+        incremental_state: IncrementalState,
+    ) -> Tensor:
+        saved = self._get_input_buffer(incremental_state)
+        state, z = saved.get("lazy"), saved.get("z")
+        if state is None:
+            state = LazyState(saved.get("state"))
+        if k.shape[2] == 1:
+            write, erase, log_decay, sums = self._rule_operands(k, gates, padding, z)
+            out = state.step(q, k, v, write, erase, log_decay)
+            out, z = self._finish(q, out, sums, True, z)
+        else:  # a prompt, all at once
+            out, end, z = self._scan(q, k, v, gates, padding, state.dense(), z, True)
+            state = LazyState(end)
+        self._set_input_buffer(incremental_state, {"lazy": state, "z": z})
         return out
 
     def _write_whole(
@@ -394,7 +438,12 @@ class FastWeightAttention(nn.Module):
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor):
         """Row i continues from row new_order[i]; rows may repeat or vanish."""
         saved = self._get_input_buffer(incremental_state)
-        if len(saved) > 0:
+        if not torch.jit.is_scripting() and "lazy" in saved:
+            saved["lazy"].reorder(new_order)
+            if saved["z"] is not None:
+                saved["z"] = saved["z"].index_select(0, new_order)
+            incremental_state = self._set_input_buffer(incremental_state, saved)
+        elif len(saved) > 0:
             for name in ["state", "z"]:
                 x = saved[name]
                 if x is not None:

@@ -114,6 +114,16 @@ def copy_bytes(typing_context, target, source, count):
     return types.void(types.intp, types.intp, types.intp), codegen
 
 
+@intrinsic
+def pointer(typing_context, address):
+    """An address as carray takes it."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), codegen
+
+
 # Products. Rows come in tiles of 4, ``rows`` is a multiple of it; without ``keep`` what was in ``out`` is dropped.
 
 

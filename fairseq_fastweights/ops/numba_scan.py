@@ -37,9 +37,9 @@ def refusal() -> Optional[str]:
 def kernel(name: str, dtype: torch.dtype) -> Callable:
     """The kernel ``name`` for one dtype, compiled or loaded from the cache: a ctypes function of a job's address."""
     logging.getLogger("numba").setLevel(logging.WARNING)  # it writes a line an instruction at level DEBUG
-    from . import numba_features, numba_kernels
+    from . import numba_decode, numba_features, numba_kernels
 
-    source = numba_features if name.startswith("address") else numba_kernels
+    source = {"address": numba_features, "decode": numba_decode}.get(name.partition("_")[0], numba_kernels)
     entry = f"{name}_{str(dtype).replace('torch.', '')}"
     return numba_kernels.compiled(getattr(source, entry))
 
@@ -81,15 +81,14 @@ def _in_python_threads(function, address: int, threads: int) -> None:
 
 
 def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], cost: int) -> None:
-    """Run a kernel on (B, H, ...) operands of one dtype; ``sizes``: chunk, T, dk, dv as in ``numba_kernels``."""
+    """Run a kernel on operands (B, H, ...) of the first one's dtype; ``sizes``: chunk, T, dk, dv of a job."""
     first = next(x for x in operands if x is not None)
-    item = first.element_size()
     numbers = [0, first.shape[0] * first.shape[1], first.shape[1], *sizes]
     for x in operands:
         if x is None:
             numbers += (0, 0, 0, 0)
         else:
-            stride = x.stride()
+            stride, item = x.stride(), x.element_size()
             numbers += (x.data_ptr(), stride[0] * item, stride[1] * item, stride[2] * item)
     job = (ctypes.c_int64 * JOB_SIZE)(*numbers)
     function = kernel(name, first.dtype)
