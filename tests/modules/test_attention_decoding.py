@@ -25,26 +25,33 @@ def decode(attention, x, incremental_state, lengths=None, padding=None):
     return torch.cat(outs)
 
 
+# "auto" keeps the pairs written lately (LazyState), "chunked" the matrices
+PATHS = pytest.mark.parametrize("backend", ["auto", "chunked"])
+
+
+@PATHS
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_token_by_token_equals_full(case, grad):
-    attention = build_attention(case, "causal")
+def test_token_by_token_equals_full(case, grad, backend):
+    attention = build_attention(case, "causal", backend=backend)
     x = sentences(7, 3)
     with torch.set_grad_enabled(grad):
         assert_same(decode(attention, x, {}), attend(attention, x))
 
 
+@PATHS
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_prompt_at_once_then_single_tokens_equals_full(case):
-    attention = build_attention(case, "causal")
+def test_prompt_at_once_then_single_tokens_equals_full(case, backend):
+    attention = build_attention(case, "causal", backend=backend)
     x = sentences(9, 2)
     with torch.no_grad():
         assert_same(decode(attention, x, {}, lengths=[4, 1, 1, 2, 1]), attend(attention, x))
 
 
+@PATHS
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
-def test_left_padded_prompts_decode_as_alone(case):
-    attention = build_attention(case, "causal")
+def test_left_padded_prompts_decode_as_alone(case, backend):
+    attention = build_attention(case, "causal", backend=backend)
     x = sentences(6, 2)
     padding = torch.zeros(2, 6, dtype=torch.bool)
     padding[1, :2] = True
@@ -56,9 +63,10 @@ def test_left_padded_prompts_decode_as_alone(case):
 
 
 @pytest.mark.parametrize("order", [[2, 0, 0], [1], [0, 0, 0, 0, 1, 2], [2, 1, 0]], ids=str)
+@PATHS
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_rows_are_reordered_repeated_and_dropped(case, order):
-    attention = build_attention(case, "causal")
+def test_rows_are_reordered_repeated_and_dropped(case, order, backend):
+    attention = build_attention(case, "causal", backend=backend)
     before, after, state = sentences(4, 3), sentences(3, len(order)), {}
     with torch.no_grad():
         decode(attention, before, state)
@@ -68,9 +76,31 @@ def test_rows_are_reordered_repeated_and_dropped(case, order):
     assert_same(continued, whole[4:])
 
 
+@PATHS
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_long_sentences_are_folded(case, backend):
+    """Beyond the number of tokens at which pairs become a matrix, twice, with a reorder at every token."""
+    attention = build_attention(case, "causal", backend=backend)
+    x, state, outs = sentences(40, 3), {}, []
+    rows = torch.arange(3)
+    written = x[:0]
+    with torch.no_grad():
+        for t in range(40):
+            written = torch.cat([written[:, rows], x[t : t + 1]])
+            outs = decode(attention, x[t : t + 1], state)
+            assert_same(outs[0], attend(attention, written)[-1])
+            rows = torch.randint(3, (3,))
+            attention.reorder_incremental_state(state, rows)
+        kept = buffer_of(attention, state)
+    if backend == "auto":
+        assert kept["lazy"].base is not None and kept["lazy"].count < 40
+    else:
+        assert kept["state"].dim() == 4
+
+
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
 def test_repeated_rows_do_not_share_memory(case):
-    attention = build_attention(case, "causal")
+    attention = build_attention(case, "causal", backend="chunked")
     start, state = sentences(2, 1), {}
     after = sentences(1, 2)
     with torch.no_grad():
@@ -92,16 +122,27 @@ def test_two_searches_at_once_keep_their_own_states():
         assert_same(torch.cat([b for _, b in outs]), attend(attention, y))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_state_size_does_not_depend_on_the_number_of_tokens(case):
-    attention = build_attention(case, "causal")
+def bytes_of(kept) -> int:
+    tensors = [x for x in kept.values() if torch.is_tensor(x)]
+    if "lazy" in kept:
+        tensors += [x for x in vars(kept["lazy"]).values() if torch.is_tensor(x)]
+    return sum(x.untyped_storage().nbytes() for x in tensors)
+
+
+@PATHS
+@pytest.mark.parametrize("case", FEW_CASES, ids=str)
+def test_state_size_does_not_depend_on_the_number_of_tokens(case, backend):
+    """The matrices never grow; the pairs grow up to the same size again, and then start anew."""
+    attention = build_attention(case, "causal", backend=backend)
     state, sizes = {}, []
     with torch.no_grad():
-        for _ in range(4):
+        for _ in range(150):
             decode(attention, sentences(1, 2), state)
-            kept = buffer_of(attention, state)
-            sizes.append(sum(x.untyped_storage().nbytes() for x in kept.values() if x is not None))
-    assert len(set(sizes)) == 1
+            sizes.append(bytes_of(buffer_of(attention, state)))
+    if backend == "chunked":
+        assert len(set(sizes)) == 1
+    else:
+        assert max(sizes[100:]) == max(sizes[50:100])
 
 
 def test_reorder_before_the_first_token_does_nothing():
