@@ -26,11 +26,13 @@ EXTRAS = {
         "omegaconf>=2.3,<2.4",
         "sacrebleu>=2.6,<3",
     ],
+    "cpu": ["numba>=0.61"],  # the CPU kernels: several times faster training and decoding without a GPU
     "cuda12": ["cupy-cuda12x>=14,<15"],
     "cuda13": ["cupy-cuda13x>=14,<15"],
     "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "packaging", "setuptools>=70.1", "pip"],
 }
-EXTRAS["examples"] = EXTRAS["fairseq"]
+EXTRAS["examples"] = EXTRAS["fairseq"] + EXTRAS["cpu"]
+EXTRAS["test"] += EXTRAS["cpu"]
 
 setup(
     name="fairseq_fastweights",

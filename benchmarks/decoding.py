@@ -58,7 +58,9 @@ def wmt_batches(task, sentences: int, rng: random.Random):
         group = lengths[first : first + 40]
         tokens = torch.full((len(group), max(group) + 1), dictionary.pad(), dtype=torch.long)
         for row, length in zip(tokens, group):
-            words = torch.tensor([4 + int(VOCABULARY ** rng.random()) % (len(dictionary) - 4) for _ in range(length)])
+            words = torch.tensor(
+                [4 + int(VOCABULARY ** rng.random()) % (len(dictionary) - 4) for _ in range(length)]
+            )
             row[-length - 1 : -1], row[-1] = words, dictionary.eos()  # fairseq pads sources on the left
         batches.append({"net_input": {"src_tokens": tokens, "src_lengths": torch.tensor(group) + 1}})
     return batches
@@ -88,8 +90,14 @@ def translation(data: Path, sentences: int, repeats: int):
         for name in runs:
             seconds[name].append(spent[name] / tokens[name])
     ties = [abs(a[1] - b[1]) for a, b in zip(best["delta"], best["delta, plain path"]) if a[0] != b[0]]
-    same = {"sentences": sentences, "different": len(ties), "largest score difference of those": max(ties, default=0)}
-    return {name: {**summary(s), "tokens_per_second": 1 / statistics.median(s)} for name, s in seconds.items()}, same
+    same = {
+        "sentences": sentences,
+        "different": len(ties),
+        "largest score difference of those": max(ties, default=0),
+    }
+    return {
+        name: {**summary(s), "tokens_per_second": 1 / statistics.median(s)} for name, s in seconds.items()
+    }, same
 
 
 def state_at(model, tokens, position: int):
@@ -121,7 +129,10 @@ def state_bytes(state) -> int:
 def language_model(data: Path, batch: int, steps: int, positions=(256, 4096)):
     """Seconds a token after so many tokens, and bytes of the state a hypothesis, for every model and position."""
     results = {}
-    runs = {name: build(data, f"{options} --max-target-positions 8192")[1] for name, options in LANGUAGE_MODEL.items()}
+    runs = {
+        name: build(data, f"{options} --max-target-positions 8192")[1]
+        for name, options in LANGUAGE_MODEL.items()
+    }
     tokens = torch.randint(4, VOCABULARY, (batch, max(positions) + steps + 8))
     with torch.no_grad():
         states = {(name, p): state_at(model, tokens, p) for name, model in runs.items() for p in positions}
@@ -141,7 +152,9 @@ def language_model(data: Path, batch: int, steps: int, positions=(256, 4096)):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--row", action="append", choices=["translation", "language-model"])
     parser.add_argument("--sentences", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=3)
@@ -159,7 +172,9 @@ def main() -> None:
             rates, same = translation(Path(folder) / "mt", args.sentences, args.repeats)
             results["translation"] = {**rates, "hypotheses": same}
             for name, rate in rates.items():
-                print(f"translation, {name}: {rate['tokens_per_second']:.0f} tokens/s (spread {rate['spread']:.0%})")
+                print(
+                    f"translation, {name}: {rate['tokens_per_second']:.0f} tokens/s (spread {rate['spread']:.0%})"
+                )
             print(f"translation, delta against its plain path: {same}", flush=True)
         if "language-model" in rows:
             results["language-model"] = language_model(Path(folder) / "lm", 16, args.steps)

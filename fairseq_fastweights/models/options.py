@@ -65,9 +65,11 @@ class FastWeightOptions(FairseqDataclass):
         metadata={"help": "attention-normalised delta rule: keep beta |k|^2 / kappa below 2"},
     )
     fast_weight_chunk_size: Optional[int] = field(
-        default=None, metadata={"help": "longest chunk of the chunked backend"}
+        default=None, metadata={"help": "longest chunk of the parallel form"}
     )
-    fast_weight_backend: str = field(default="auto", metadata={"help": "auto, reference, chunked or cuda"})
+    fast_weight_backend: str = field(
+        default="auto", metadata={"help": "auto, reference, chunked, numba or cuda"}
+    )
     no_projection_bias: bool = field(
         default=False, metadata={"help": "fast-weight attention without biases in its projections"}
     )

@@ -256,7 +256,9 @@ class FastWeightAttention(nn.Module):
         out, z = self._finish(q, out, sums, need_state, z)
         return out, state, z
 
-    def _rule_operands(self, k: Tensor, gates: Tensor, padding: Optional[Tensor], z: Optional[Tensor]) -> Operands:
+    def _rule_operands(
+        self, k: Tensor, gates: Tensor, padding: Optional[Tensor], z: Optional[Tensor]
+    ) -> Operands:
         write, erase, log_decay, sums = self.rule(k, gates, z)
         if log_decay is not None and padding is not None:
             log_decay = log_decay.masked_fill(padding, 0.0)

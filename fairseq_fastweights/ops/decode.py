@@ -17,7 +17,8 @@ def step_(
 ) -> Tensor:
     """Write one token into ``state`` in place, then read it.
 
-    q, k (B, H, dk); erase (B, H, dk), or (B, H) times k; v (B, H, dv); write, log_decay (B, H); state (B, H, dk, dv); all of one dtype.
+    q, k (B, H, dk); erase (B, H, dk), or (B, H) times k; v (B, H, dv); write, log_decay (B, H);
+    state (B, H, dk, dv); all of one dtype.
     Returns out (B, H, dv).
     """
     if erase is not None and erase.dim() == 2:

@@ -24,7 +24,9 @@ class LazyState:
     def __init__(self, base: Optional[Tensor] = None):
         self.base = base
         self.base_rows = None if base is None else torch.arange(base.shape[0])
-        self.keys: Optional[Tensor] = None  # (slots, B, H, dk), the rows as they were when the slot was written
+        self.keys: Optional[Tensor] = (
+            None  # (slots, B, H, dk), the rows as they were when the slot was written
+        )
         self.inserted: Optional[Tensor] = None  # (slots, B, H, dv)
         self.totals: Optional[Tensor] = None  # (slots, B, H, 1): l_j, where the rule decays
         self.ancestors: Optional[Tensor] = None  # (B, slots): the row in each slot
@@ -55,7 +57,9 @@ class LazyState:
 
     def _make_room(self, rows: int, heads: int, dk: int, dv: int, dtype: torch.dtype, decays: bool) -> None:
         """A free slot for ``rows`` rows: more slots, up to the number at which the pairs are folded."""
-        if self.count >= max(SMALLEST_FOLD, dk * dv // (dk + dv)) or (self.count and rows > self.keys.shape[1]):
+        if self.count >= max(SMALLEST_FOLD, dk * dv // (dk + dv)) or (
+            self.count and rows > self.keys.shape[1]
+        ):
             self.fold()
         if self.count == 0:
             slots, width = SMALLEST_FOLD, rows

@@ -10,7 +10,7 @@ This file imports numba; import it only through ``numba_scan``.
 import numpy as np
 from numba import carray, njit
 
-from .numba_kernels import FIRST_OPERAND, JOB_SIZE, OPTIONS, given, of_head, pointer, take_next
+from .numba_kernels import FIRST_OPERAND, OPTIONS, given, pointer, take_next
 
 
 @njit(**OPTIONS)
@@ -38,7 +38,9 @@ def add_twice(r, o, row, erase, read):
 
 @njit(**OPTIONS)
 def decode(job, number):
-    Q, K, V, WRITE, ERASE, STRENGTH, DECAY, OUT, KEYS, INSERTED, TOTALS, ANCESTORS, BASE, BASE_ROWS = range(14)
+    Q, K, V, WRITE, ERASE, STRENGTH, DECAY, OUT, KEYS, INSERTED, TOTALS, ANCESTORS, BASE, BASE_ROWS = range(
+        14
+    )
     count, dk, dv = job[3], job[5], job[6]
     heads = job[2]
     e, r, o = np.empty(dk, number), np.empty(dv, number), np.empty(dv, number)
@@ -96,11 +98,3 @@ def decode(job, number):
         if h == 0:
             ancestors[count] = row
         head = take_next(job)
-
-
-def decode_float32(address):
-    decode(carray(address, JOB_SIZE, np.int64), np.float32)
-
-
-def decode_float64(address):
-    decode(carray(address, JOB_SIZE, np.int64), np.float64)

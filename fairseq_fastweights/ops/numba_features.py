@@ -8,10 +8,10 @@ import it only through ``numba_scan``.
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.extending import intrinsic
 
-from .numba_kernels import JOB_SIZE, OPTIONS, load, of_head, store, take_next
+from .numba_kernels import OPTIONS, load, of_head, store, take_next
 
 MAPS = ("elu", "relu", "dpfp")
 NORMALIZATIONS = ("sum", "l2", "none")
@@ -118,7 +118,9 @@ def dpfp_backward(x, dy, dx, both, d_both):
             d_both[i - roll] += part[i] * both[i]
     width = x.shape[0]
     for i in range(width):
-        dx[i] = (d_both[i] if x[i] > 0 else x.dtype.type(0)) - (d_both[width + i] if x[i] < 0 else x.dtype.type(0))
+        dx[i] = (d_both[i] if x[i] > 0 else x.dtype.type(0)) - (
+            d_both[width + i] if x[i] < 0 else x.dtype.type(0)
+        )
 
 
 @njit(**OPTIONS)
@@ -213,19 +215,3 @@ def address_backward(job, number):
                 dpfp_backward(x[0], dy[0], dx[0], both, d_both)
             store(of_head(job, D_X, head), dx, width, t, 1)
         head = take_next(job)
-
-
-def address_forward_float32(address):
-    address_forward(carray(address, JOB_SIZE, np.int64), np.float32)
-
-
-def address_forward_float64(address):
-    address_forward(carray(address, JOB_SIZE, np.int64), np.float64)
-
-
-def address_backward_float32(address):
-    address_backward(carray(address, JOB_SIZE, np.int64), np.float32)
-
-
-def address_backward_float64(address):
-    address_backward(carray(address, JOB_SIZE, np.int64), np.float64)

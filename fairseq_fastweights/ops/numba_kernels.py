@@ -25,7 +25,7 @@ padded to ``PAD`` with zeros. This file imports numba; import it only through ``
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -85,7 +85,9 @@ def tile(typing_context, out, out_row, a, a_row, a_column, b, b_row, inner, keep
             for target in targets
         ]
         with cgutils.for_range(builder, inner) as loop:
-            halves = [load_vector(at(b, (b_row, loop.index), (constant(VECTOR), constant(h)))) for h in (0, 1)]
+            halves = [
+                load_vector(at(b, (b_row, loop.index), (constant(VECTOR), constant(h)))) for h in (0, 1)
+            ]
             column = at(a, (a_column, loop.index))
             factors = [load_everywhere(at(column, (a_row, constant(row)))) for row in range(TILE)]
             for (row, half), total in zip(places, sums):
@@ -97,6 +99,37 @@ def tile(typing_context, out, out_row, a, a_row, a_column, b, b_row, inner, keep
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8, types.boolean, like), codegen
+
+
+@intrinsic
+def transpose_tile(typing_context, out, out_row, x, x_row, like):
+    """out[:4, :4] = x[:4, :4]^T, in registers; arguments as for ``tile``."""
+    number = like.dtype
+    size = number.bitwidth // 8
+
+    def codegen(context, builder, signature, arguments):
+        out, out_row, x, x_row, _ = arguments
+        vector = ir.VectorType(context.get_value_type(number), TILE)
+
+        def place(base, stride, row):
+            address = builder.add(base, builder.mul(stride, ir.Constant(stride.type, row)))
+            return builder.inttoptr(address, vector.as_pointer())
+
+        def pick(a, b, *lanes):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), TILE), lanes))
+
+        rows = []
+        for row in range(TILE):
+            rows.append(builder.load(place(x, x_row, row)))
+            rows[-1].align = size
+        first = [pick(rows[0], rows[1], 0, 4, 1, 5), pick(rows[2], rows[3], 0, 4, 1, 5)]
+        second = [pick(rows[0], rows[1], 2, 6, 3, 7), pick(rows[2], rows[3], 2, 6, 3, 7)]
+        columns = [pick(*half, *lanes) for half in (first, second) for lanes in ((0, 1, 4, 5), (2, 3, 6, 7))]
+        for row, column in enumerate(columns):
+            builder.store(column, place(out, out_row, row)).align = size
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp, like), codegen
 
 
 @intrinsic
@@ -262,23 +295,38 @@ def store(rows_of, work, width, start, count):
 
 @njit(**OPTIONS)
 def transpose(out, x, rows):
-    """out = x[:rows]^T, in squares of 4, zero in the columns up to the next multiple of PAD."""
+    """out = x[:rows]^T, zero in the columns up to the next multiple of PAD."""
+    size, out_at, x_at = x.itemsize, out.ctypes.data, x.ctypes.data
     for i in range(0, rows, TILE):
         for j in range(0, x.shape[1], TILE):
-            for a in range(TILE):
-                for b in range(TILE):
-                    out[j + a, i + b] = x[i + b, j + a]
-    padded = (rows + PAD - 1) // PAD * PAD
-    if rows < padded:
-        out[:, rows:padded] = 0
+            transpose_tile(
+                out_at + j * out.strides[0] + i * size,
+                out.strides[0],
+                x_at + i * x.strides[0] + j * size,
+                x.strides[0],
+                x,
+            )
+    end = padded(rows)
+    if rows < end:
+        out[:, rows:end] = 0
 
 
 @njit(**OPTIONS)
-def scale_rows(out, x, factors, rows):
-    """out = diag(factors) x; factors (rows, 1)."""
+def scale_rows(x, factors, rows):
+    """x = diag(factors) x; factors (rows, 1)."""
     for i in range(rows):
+        factor = factors[i, 0]
         for j in range(x.shape[1]):
-            out[i, j] = factors[i, 0] * x[i, j]
+            x[i, j] *= factor
+
+
+@njit(**OPTIONS)
+def copy_scaled(out, x, factors, rows):
+    """out = diag(factors) x, in other memory: a loop that may overlap is not vectorised."""
+    for i in range(rows):
+        factor = factors[i, 0]
+        for j in range(x.shape[1]):
+            out[i, j] = factor * x[i, j]
 
 
 @njit(**OPTIONS)
@@ -319,12 +367,20 @@ def forward(job, number):
     chunk, tokens, dk, dv = job[3], job[4], job[5], job[6]
     reads, erases, decays = given(job, Q_), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
     size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
-    K, Q, N = np.empty((size, wide_k), number), np.empty((size, wide_k), number), np.empty((size, wide_k), number)
+    K, Q, N = (
+        np.empty((size, wide_k), number),
+        np.empty((size, wide_k), number),
+        np.empty((size, wide_k), number),
+    )
     K_t = np.empty((wide_k, size), number)
-    R, O = np.empty((size, wide_v), number), np.empty((size, wide_v), number)
+    R, read = np.empty((size, wide_v), number), np.empty((size, wide_v), number)
     A, P = np.empty((size, size), number), np.empty((size, size), number)
     S = np.empty((wide_k, wide_v), number)
-    gate, since_start, until_end = np.empty((size, 1), number), np.empty((size, 1), number), np.empty((size, 1), number)
+    gate, since_start, until_end = (
+        np.empty((size, 1), number),
+        np.empty((size, 1), number),
+        np.empty((size, 1), number),
+    )
     pairs = np.empty((size, size) if decays else (0, 0), number)
     kept = number(1)
     head = take_next(job)
@@ -340,7 +396,7 @@ def forward(job, number):
             load(R, of_head(job, V_, head), dv, start, count, rows)
             if given(job, WRITE):
                 load(gate, of_head(job, WRITE, head), 1, start, count, rows)
-                scale_rows(R, R, gate, rows)
+                scale_rows(R, gate, rows)
             if decays:
                 load(gate, of_head(job, DECAY, head), 1, start, count, rows)
                 kept = decay_factors(gate, rows, pairs, since_start, until_end)
@@ -349,23 +405,23 @@ def forward(job, number):
                 lower_product(A, N, K_t, rows, wide_k, pairs, -1)
                 if not empty:
                     if decays:
-                        scale_rows(N, N, since_start, rows)
+                        scale_rows(N, since_start, rows)
                     product(R, N, S, rows, wide_k, True)
                 solve_lower(A, R, rows)
             if reads:
                 load(Q, of_head(job, Q_, head), dk, start, count, rows)
                 lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
-                lower_times(O, P, R, rows, False)
+                lower_times(read, P, R, rows, False)
                 if not empty:
                     if decays:
-                        scale_rows(Q, Q, since_start, rows)
-                    product(O, Q, S, rows, wide_k, True)
-                store(of_head(job, OUT, head), O, dv, start, count)
+                        scale_rows(Q, since_start, rows)
+                    product(read, Q, S, rows, wide_k, True)
+                store(of_head(job, OUT, head), read, dv, start, count)
             if given(job, INSERTED):
                 store(of_head(job, INSERTED, head), R, dv, start, count)
             if given(job, END) or start + chunk < tokens:
                 if decays:
-                    scale_rows(K, K, until_end, rows)
+                    scale_rows(K, until_end, rows)
                     if not empty:
                         S *= kept
                 product(S, K.T, R, wide_k, rows, not empty)
@@ -381,7 +437,7 @@ def load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows):
     if given(job, STRENGTH):
         load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
         negate(gate, rows)
-        scale_rows(N, K, gate, rows)
+        copy_scaled(N, K, gate, rows)
     else:
         load(N, of_head(job, ERASE, head), dk, start, count, rows)
         negate(N, rows)
@@ -396,13 +452,25 @@ def backward(job, number):
     reads, erases, decays = given(job, D_OUT), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
     along_key = given(job, STRENGTH)
     size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
-    K, Q, N = np.empty((size, wide_k), number), np.empty((size, wide_k), number), np.empty((size, wide_k), number)
+    K, Q, N = (
+        np.empty((size, wide_k), number),
+        np.empty((size, wide_k), number),
+        np.empty((size, wide_k), number),
+    )
     dX, dK = np.empty((size, wide_k), number), np.empty((size, wide_k), number)
     K_t, R_t = np.empty((wide_k, size), number), np.empty((wide_v, size), number)
-    R, dO, dB = np.empty((size, wide_v), number), np.empty((size, wide_v), number), np.empty((size, wide_v), number)
+    R, dO, dB = (
+        np.empty((size, wide_v), number),
+        np.empty((size, wide_v), number),
+        np.empty((size, wide_v), number),
+    )
     A, P = np.empty((size, size), number), np.empty((size, size), number)
     dS, S_t = np.empty((wide_k, wide_v), number), np.empty((wide_v, wide_k), number)
-    gate, since_start, until_end = np.empty((size, 1), number), np.empty((size, 1), number), np.empty((size, 1), number)
+    gate, since_start, until_end = (
+        np.empty((size, 1), number),
+        np.empty((size, 1), number),
+        np.empty((size, 1), number),
+    )
     d_gate = np.empty((size, 1), number)
     pairs = np.empty((size, size) if decays else (0, 0), number)
     kept = number(1)
@@ -429,16 +497,21 @@ def backward(job, number):
                 product(dK, R, S_t, rows, wide_v, False)
                 product(dB, K, dS, rows, wide_k, False)
                 if decays:
-                    scale_rows(dK, dK, until_end, rows)
-                    scale_rows(dB, dB, until_end, rows)
-            else:
+                    scale_rows(dK, until_end, rows)
+                    scale_rows(dB, until_end, rows)
+            elif not reads:
                 dK[:rows] = 0
                 dB[:rows] = 0
             if reads:
                 load(Q, of_head(job, Q_, head), dk, start, count, rows)
                 load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
                 lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
-                upper_times(dB, P.T, dO, rows, True)
+                upper_times(dB, P.T, dO, rows, not empty)
+            if reads:
+                lower_product(P, dO, R_t, rows, wide_v, pairs, 0)  # dP . Gam
+                lower_times(dX, P, K, rows, False)
+                store(of_head(job, D_Q, head), dX, dk, start, count)
+                upper_times(dK, P.T, Q, rows, not empty)
             if erases:
                 load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows)
                 lower_product(A, N, K_t, rows, wide_k, pairs, -1)
@@ -453,11 +526,6 @@ def backward(job, number):
                 else:
                     negate(dX, rows)
                     store(of_head(job, D_ERASE, head), dX, dk, start, count)
-            if reads:
-                lower_product(P, dO, R_t, rows, wide_v, pairs, 0)  # dP . Gam
-                lower_times(dX, P, K, rows, False)
-                store(of_head(job, D_Q, head), dX, dk, start, count)
-                upper_times(dK, P.T, Q, rows, True)
             store(of_head(job, D_K, head), dK, dk, start, count)
             if stateless and given(job, WRITE):
                 finish_write(job, head, dB, R, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows)
@@ -468,12 +536,12 @@ def backward(job, number):
                     dS *= kept
                 if reads:
                     if decays:
-                        scale_rows(Q, Q, since_start, rows)
+                        scale_rows(Q, since_start, rows)
                     product(dS, Q.T, dO, wide_k, rows, not empty)
                     empty = False
                 if erases and not empty:  # dB is 0 while dS is and nothing reads
                     if decays:
-                        scale_rows(N, N, since_start, rows)
+                        scale_rows(N, since_start, rows)
                     product(dS, N.T, dB, wide_k, rows, True)
         if given(job, D_STATE):
             store(of_head(job, D_STATE, head), dS, dv, 0, dk)
@@ -495,7 +563,7 @@ def backward(job, number):
             if reads and not empty:
                 load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
                 if decays:
-                    scale_rows(dO, dO, since_start, rows)
+                    scale_rows(dO, since_start, rows)
                 load(dX, of_head(job, D_Q, head), dk, start, count, rows)
                 product(dX, dO, S_t, rows, wide_v, True)
                 store(of_head(job, D_Q, head), dX, dk, start, count)
@@ -503,7 +571,7 @@ def backward(job, number):
             if erases and not empty:
                 load(dB, of_head(job, D_V, head), dv, start, count, rows)
                 if decays:
-                    scale_rows(dB, dB, since_start, rows)
+                    scale_rows(dB, since_start, rows)
                 if along_key:
                     product(dX, dB, S_t, rows, wide_v, False)
                     load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
@@ -521,7 +589,7 @@ def backward(job, number):
             if start < last_start:
                 load(R, of_head(job, INSERTED, head), dv, start, count, rows)
                 if decays:
-                    scale_rows(K, K, until_end, rows)
+                    scale_rows(K, until_end, rows)
                     if not empty:
                         S_t *= kept
                 product(S_t, R.T, K, wide_v, rows, not empty)
@@ -550,7 +618,7 @@ def finish_write(job, head, dB, V, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, st
     load(V, of_head(job, V_, head), dv, start, count, rows)
     load(gate, of_head(job, WRITE, head), 1, start, count, rows)
     row_products(d_gate, dB, V, rows)
-    scale_rows(dB, dB, gate, rows)
+    scale_rows(dB, gate, rows)
     store(of_head(job, D_WRITE, head), d_gate, 1, start, count)
     store(of_head(job, D_V, head), dB, dv, start, count)
 
@@ -563,32 +631,3 @@ def row_products(out, x, y, rows):
         for j in range(x.shape[1]):
             total += x[i, j] * y[i, j]
         out[i, 0] = total
-
-
-# What the host calls, one a dtype: numba compiles a function of one address.
-
-
-def forward_float32(address):
-    forward(carray(address, JOB_SIZE, np.int64), np.float32)
-
-
-def forward_float64(address):
-    forward(carray(address, JOB_SIZE, np.int64), np.float64)
-
-
-def backward_float32(address):
-    backward(carray(address, JOB_SIZE, np.int64), np.float32)
-
-
-def backward_float64(address):
-    backward(carray(address, JOB_SIZE, np.int64), np.float64)
-
-
-def compiled(entry):
-    """The machine code of such a function, from numba's cache on disk if it is there, as a ctypes function."""
-    signature = types.void(types.voidptr)
-    try:
-        code = cfunc(signature, cache=True)(entry)
-    except RuntimeError:  # no folder that numba may write to
-        code = cfunc(signature)(entry)
-    return code.ctypes

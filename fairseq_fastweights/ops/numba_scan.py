@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import logging
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, Optional, Sequence, Tuple
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 NUMBA_CHUNK = 32  # fastest of 8 to 64 at head widths 16 to 64: benchmarks/README.md
 JOB_SIZE = 7 + 4 * 18  # as in numba_kernels, which must not be imported before it is used
+Job = ctypes.c_int64 * JOB_SIZE
 WORTH_A_THREAD = 2**16  # multiplications of a scan below which starting a thread costs more than it saves
 
 
@@ -37,11 +39,14 @@ def refusal() -> Optional[str]:
 def kernel(name: str, dtype: torch.dtype) -> Callable:
     """The kernel ``name`` for one dtype, compiled or loaded from the cache: a ctypes function of a job's address."""
     logging.getLogger("numba").setLevel(logging.WARNING)  # it writes a line an instruction at level DEBUG
-    from . import numba_decode, numba_features, numba_kernels
+    from .numba_entries import compiled
 
-    source = {"address": numba_features, "decode": numba_decode}.get(name.partition("_")[0], numba_kernels)
-    entry = f"{name}_{str(dtype).replace('torch.', '')}"
-    return numba_kernels.compiled(getattr(source, entry))
+    notice = threading.Timer(1.0, logger.info, ["compiling the CPU kernel %s (once: the code is kept)", name])
+    notice.start()  # from the cache it takes 0.1 s
+    try:
+        return compiled(f"{name}_{str(dtype).replace('torch.', '')}")
+    finally:
+        notice.cancel()
 
 
 @functools.lru_cache(None)
@@ -90,7 +95,7 @@ def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], c
         else:
             stride, item = x.stride(), x.element_size()
             numbers += (x.data_ptr(), stride[0] * item, stride[1] * item, stride[2] * item)
-    job = (ctypes.c_int64 * JOB_SIZE)(*numbers)
+    job = Job(*numbers)
     function = kernel(name, first.dtype)
     threads = min(torch.get_num_threads(), numbers[1])
     if threads < 2 or cost < WORTH_A_THREAD:
@@ -103,7 +108,8 @@ def readable(x: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
     """x in ``dtype`` and with neighbouring numbers in its last axis, as the kernels copy whole rows."""
     if x is None:
         return None
-    x = x.to(dtype)
+    if x.dtype != dtype:
+        x = x.to(dtype)
     return x if x.dim() == 3 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -161,12 +167,18 @@ class NumbaScan(torch.autograd.Function):
         *results, _, d_start = split_erase(dq, dk, dv, dw, de, None, d_state)
         results.append(d_start)
         sizes = (ctx.chunk, *k.shape[2:], v.shape[-1])
-        run("backward", sizes, [*split_erase(*inputs), inserted, d_out, d_end, *results], k.numel() * v.shape[-1])
+        run(
+            "backward",
+            sizes,
+            [*split_erase(*inputs), inserted, d_out, d_end, *results],
+            k.numel() * v.shape[-1],
+        )
         d_decay = None
         if log_decay is not None:
             d_decay = decay_gradient(q, k, erase, dq, dk, de, end, d_end)
         grads = [
-            None if g is None else g.to(x.dtype) for g, x in zip((dq, dk, dv, dw, de, d_decay, d_state), given)
+            None if g is None else g.to(x.dtype)
+            for g, x in zip((dq, dk, dv, dw, de, d_decay, d_state), given)
         ]
         return (*grads, None, None)
 
