@@ -272,6 +272,7 @@ def address(
 ) -> Tensor:
     """scale normalize(phi(x)), in one pass where a kernel knows the map: (B, H, T, head_dim) -> (B, H, T, dk)."""
     kernel = type(feature_map).__dict__.get("kernel")  # not inherited: a subclass may be another map
-    if kernel is not None and backend in ("auto", "numba") and refusals(x.device)["numba"] is None:
+    fits = x.dim() == 4 and x.shape[-1] == feature_map.head_dim
+    if fits and kernel is not None and backend in ("auto", "numba") and refusals(x.device)["numba"] is None:
         return numba_address(x, kernel, feature_map.output_dim, normalization, scale, SMALLEST_ROW)
     return normalize(feature_map(x), normalization, scale)

@@ -76,6 +76,6 @@ def compiled(name: str) -> Callable:
     entry, signature = entries(sources())[name], types.void(types.voidptr)
     try:
         code = cfunc(signature, cache=True)(entry)
-    except RuntimeError:  # no folder that numba may write to
+    except (RuntimeError, OSError):  # no folder that numba may write to, or a full disk
         code = cfunc(signature)(entry)
     return code.ctypes

@@ -80,10 +80,7 @@ def tile(typing_context, out, out_row, a, a_row, a_column, b, b_row, inner, keep
             at(out, (out_row, constant(row)), (constant(VECTOR), constant(half))) for row, half in places
         ]
         zero = ir.Constant(vector, None)
-        sums = [
-            cgutils.alloca_once_value(builder, builder.select(keep, load_vector(target), zero))
-            for target in targets
-        ]
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in targets]
         with cgutils.for_range(builder, inner) as loop:
             halves = [
                 load_vector(at(b, (b_row, loop.index), (constant(VECTOR), constant(h)))) for h in (0, 1)
@@ -93,9 +90,11 @@ def tile(typing_context, out, out_row, a, a_row, a_column, b, b_row, inner, keep
             for (row, half), total in zip(places, sums):
                 term = builder.fmul(factors[row], halves[half], flags=["contract"])
                 builder.store(builder.fadd(term, builder.load(total), flags=["contract"]), total)
+        # what was there is added last: the state then rounds once a chunk and not once a token
         for target, total in zip(targets, sums):
-            stored = builder.store(builder.load(total), builder.inttoptr(target, vector.as_pointer()))
-            stored.align = size
+            before = builder.select(keep, load_vector(target), zero)
+            stored = builder.fadd(before, builder.load(total))
+            builder.store(stored, builder.inttoptr(target, vector.as_pointer())).align = size
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 8, types.boolean, like), codegen

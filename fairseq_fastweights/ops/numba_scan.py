@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Callable, Optional, Sequence, Tuple
 
 import torch
@@ -32,6 +32,12 @@ def refusal() -> Optional[str]:
     """Why numba cannot be used here, or None."""
     if importlib.util.find_spec("numba") is None:
         return "numba is not installed (pip install 'fairseq_fastweights[cpu]')"
+    try:
+        import numba
+    except Exception as error:  # numba refuses a numpy that it does not know, for one
+        return f"numba cannot be imported: {' '.join(str(error).split())}"
+    if numba.config.DISABLE_JIT:
+        return "numba's compiler is switched off (NUMBA_DISABLE_JIT)"
     return None
 
 
@@ -80,9 +86,10 @@ if hasattr(os, "register_at_fork"):
 
 def _in_python_threads(function, address: int, threads: int) -> None:
     others = [_helpers(threads - 1).submit(function, address) for _ in range(threads - 1)]
-    function(address)  # ctypes lets go of the interpreter meanwhile
-    for other in others:
-        other.result()
+    try:
+        function(address)  # ctypes lets go of the interpreter meanwhile
+    finally:  # nobody may still use the job when an interrupt ends the caller
+        wait(others)
 
 
 def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], cost: int) -> None:
@@ -94,7 +101,9 @@ def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], c
             numbers += (0, 0, 0, 0)
         else:
             stride, item = x.stride(), x.element_size()
-            numbers += (x.data_ptr(), stride[0] * item, stride[1] * item, stride[2] * item)
+            numbers += (x.data_ptr() or 1, stride[0] * item, stride[1] * item, stride[2] * item)
+    if numbers[1] == 0:
+        return
     job = Job(*numbers)
     function = kernel(name, first.dtype)
     threads = min(torch.get_num_threads(), numbers[1])
@@ -102,6 +111,10 @@ def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], c
         function(ctypes.addressof(job))
     else:
         parallel()(function, ctypes.addressof(job), threads)
+    if job[0] <= numbers[1]:  # a thread that was through has asked for one head more than there are
+        raise MemoryError(
+            f"no memory for the work arrays of a chunk of {sizes[0]} tokens: choose a smaller chunk_size"
+        )
 
 
 def readable(x: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
@@ -155,6 +168,8 @@ class NumbaScan(torch.autograd.Function):
                 "fast_weight_scan has no second derivative (create_graph=True reached its backward): "
                 "use backend='reference', which autograd can differentiate any number of times"
             )
+        if d_out is None and d_end is None:
+            return (None,) * 9
         *given, inserted, end = ctx.saved_tensors
         dtype = sum_dtype(inserted)
         q, k, v, write, erase, log_decay, state = inputs = [readable(x, dtype) for x in given]
@@ -243,7 +258,7 @@ class NumbaAddress(torch.autograd.Function):
         (given,) = ctx.saved_tensors
         x = readable(given, sum_dtype(given))
         dx = torch.empty_like(x)
-        _address("address_backward", ctx.settings, x, d_out, dx)
+        _address("address_backward", ctx.settings, x, readable(d_out, x.dtype), dx)
         return dx.to(given.dtype), None, None
 
 

@@ -2,8 +2,11 @@
 
 from typing import Dict, Optional
 
+import pytest
 import torch
 from torch import Tensor
+
+from fairseq_fastweights.ops import numba_scan
 
 # which optional operands each rule gives to the scan
 RULES = {
@@ -14,6 +17,12 @@ RULES = {
     "gated-sum-peng": ("write", "log_decay"),
     "erase without write": ("erase",),
 }
+# backends to parametrise a test with
+NUMBA = pytest.param(
+    "numba", marks=pytest.mark.skipif(numba_scan.refusal() is not None, reason=str(numba_scan.refusal()))
+)
+FAST = ["chunked", NUMBA]
+ALL = ["reference", *FAST]
 INPUTS = ("q", "k", "v", "write", "erase", "log_decay", "state")
 
 
@@ -27,10 +36,12 @@ def operands(
     state: bool = False,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
+    along_key: bool = False,
 ) -> Dict[str, Optional[Tensor]]:
     """Keys of length at most 1 and beta in (0, 1), so that the recurrence is a contraction, as with real keys.
 
-    The erase key is not parallel to k, which no special case of the delta rule would get right.
+    The erase key is not parallel to k, which no special case of the delta rule would get right; with ``along_key``
+    it is, and given as its strength (B, H, T).
     """
     g = torch.Generator().manual_seed(seed)
 
@@ -49,7 +60,7 @@ def operands(
         "k": k,
         "v": randn(*rows, dv),
         "write": beta,
-        "erase": beta[..., None] * k + 0.1 * randn(*rows, dk),
+        "erase": beta[..., None] * k + 0.1 * randn(*rows, dk) if not along_key else rand(*rows),
         "log_decay": -rand(*rows),
         "state": randn(batch, heads, dk, dv),
     }
@@ -63,7 +74,18 @@ def operands(
 
 
 def require_grad(inputs: Dict[str, Optional[Tensor]]) -> Dict[str, Optional[Tensor]]:
-    return {n: None if x is None else x.clone().requires_grad_() for n, x in inputs.items()}
+    """Leaves on the same memory, whatever its layout."""
+    return {n: None if x is None else x.detach().requires_grad_() for n, x in inputs.items()}
+
+
+def written_out(inputs: Dict[str, Optional[Tensor]]) -> Dict[str, Optional[Tensor]]:
+    """The same with the erase keys in full where they are given as their strength along k."""
+    erase = inputs["erase"]
+    return (
+        {**inputs, "erase": erase[..., None] * inputs["k"]}
+        if erase is not None and erase.dim() == 3
+        else inputs
+    )
 
 
 def relative_error(x: Tensor, expected: Tensor) -> float:

@@ -23,7 +23,26 @@ WRONG = {
     "k of three axes": ("k", lambda x: x[0], r"k must have shape \(B, H, T, dk\), got \(2, 5, 4\)"),
     "v of another length": ("v", lambda x: x[:, :, :-1], r"v must have shape .*got \(2, 2, 4, 3\)"),
     "write per feature": ("write", lambda x: x[..., None], r"write must have shape \(2, 2, 5\)"),
-    "erase per head": ("erase", lambda x: x[..., 0], r"erase must have shape \(2, 2, 5, 4\)"),
+    "erase per head": (
+        "erase",
+        lambda x: x[:, :, 0, 0],
+        r"erase must have shape \(2, 2, 5, 4\) or \(2, 2, 5\) .*got \(2, 2\)",
+    ),
+    "erase with another dk": (
+        "erase",
+        lambda x: x[..., :1],
+        r"erase must have shape \(2, 2, 5, 4\) or \(2, 2, 5\) .*got \(2, 2, 5, 1\)",
+    ),
+    "erase strengths of another length": (
+        "erase",
+        lambda x: x[:, :, :-1, 0],
+        r"erase must have shape \(2, 2, 5, 4\) or \(2, 2, 5\) .*got \(2, 2, 4\)",
+    ),
+    "half-precision erase strengths": (
+        "erase",
+        lambda x: x[..., 0].half(),
+        "erase must be float64 beside k of float64, got float16",
+    ),
     "log_decay per feature": ("log_decay", lambda x: x[..., None], "log_decay must have shape"),
     "state of another width": (
         "state",
@@ -65,7 +84,7 @@ def test_wrong_chunk_size(chunk_size):
 
 def test_unknown_backend_names_the_known_ones():
     with pytest.raises(
-        ValueError, match="backend must be one of auto, reference, chunked, cuda, got 'triton'"
+        ValueError, match="backend must be one of auto, reference, chunked, numba, cuda, got 'triton'"
     ):
         fast_weight_scan(**operands(), backend="triton")
 
@@ -73,6 +92,14 @@ def test_unknown_backend_names_the_known_ones():
 def test_cuda_backend_says_why_it_cannot_run():
     with pytest.raises(ValueError, match="backend 'cuda' cannot run here: the tensors are on cpu"):
         fast_weight_scan(**operands(), backend="cuda")
+
+
+def test_erase_of_a_step_names_both_shapes():
+    inputs = operands("delta", tokens=1, state=True)
+    one = {n: None if x is None else x[:, :, 0] for n, x in inputs.items() if n != "state"}
+    one["erase"] = one["erase"][:, 0]
+    with pytest.raises(ValueError, match=r"erase must have shape \(2, 2, 4\) or \(2, 2\) .*got \(2, 4\)"):
+        fast_weight_step(**one, state=inputs["state"])
 
 
 def test_wrong_beta():

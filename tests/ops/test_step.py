@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from operands import RULES, operands
+from operands import RULES, operands, written_out
 
 from fairseq_fastweights.ops import fast_weight_scan, fast_weight_step
 
@@ -15,10 +15,24 @@ def token(inputs, t):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_scan_equals_step_by_step(rule, in_place):
     inputs = operands(rule, tokens=20, state=True)
-    expected, expected_state = fast_weight_scan(**inputs, chunk_size=8)
+    expected, expected_state = fast_weight_scan(**inputs, backend="reference")
     state, reads = inputs["state"].clone(), []
     for t in range(20):
         out, state = fast_weight_step(**token(inputs, t), state=state, out_state=state if in_place else None)
+        reads.append(out)
+    torch.testing.assert_close(torch.stack(reads, dim=2), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(state, expected_state, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["delta", "gated-delta", "erase without write"])
+def test_erase_as_its_strength_along_the_key(rule):
+    inputs = operands(rule, tokens=20, state=True, along_key=True)
+    expected, expected_state = fast_weight_scan(**written_out(inputs), backend="reference")
+    state, reads = inputs["state"].clone(), []
+    for t in range(20):
+        one = token(inputs, t)
+        assert one["erase"].dim() == 2
+        out, state = fast_weight_step(**one, state=state)
         reads.append(out)
     torch.testing.assert_close(torch.stack(reads, dim=2), expected, atol=1e-12, rtol=0)
     torch.testing.assert_close(state, expected_state, atol=1e-12, rtol=0)
@@ -49,10 +63,14 @@ def test_state_is_left_alone_without_out_state():
     assert torch.equal(inputs["state"], before)
 
 
-def test_half_precision_keeps_a_float32_state():
-    exact = operands("delta", tokens=1, dk=16, dtype=torch.bfloat16, state=True)
-    out, state = fast_weight_step(**token(exact, 0), state=exact["state"])
-    expected, _ = fast_weight_scan(**{n: None if x is None else x.double() for n, x in exact.items()})
+@pytest.mark.parametrize("along_key", [False, True])
+@pytest.mark.parametrize("gates", [torch.bfloat16, torch.float32])
+def test_half_precision_keeps_a_float32_state(along_key, gates):
+    inputs = operands("delta", tokens=1, dk=16, dtype=torch.bfloat16, state=True, along_key=along_key)
+    inputs["erase"] = inputs["erase"].to(gates)
+    out, state = fast_weight_step(**token(inputs, 0), state=inputs["state"])
+    exact = written_out({n: None if x is None else x.double() for n, x in inputs.items()})
+    expected, _ = fast_weight_scan(**exact, backend="reference")
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
     torch.testing.assert_close(out.double(), expected[:, :, 0], atol=0.05, rtol=1e-2)
 
