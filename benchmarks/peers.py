@@ -2,7 +2,7 @@
 
     pip install --no-deps performer-pytorch local-attention axial-positional-embedding fla-core einops
     git clone https://github.com/idiap/fast-transformers
-    python benchmarks/peers.py --fast-transformers fast-transformers   # needs a C++ compiler, which is what it compiles with
+    python benchmarks/peers.py --fast-transformers fast-transformers   # needs a C++ compiler
 
 fast-transformers: causal_dot_product, C++ with OpenMP, compiled here for this machine (-O3 -march=native), against our
 sum rule. performer-pytorch: causal_linear_attention_noncuda (PyTorch), normalised, against our sum rule. fla: its

@@ -31,7 +31,8 @@ def check_operands(
         if x.dim() != ndim:
             wanted = axes.format("dk" if name == "k" else "dv")
             raise FastWeightError(f"{name} must have shape {wanted}, got {tuple(x.shape)}")
-    rows, dk, dv = tuple(k.shape[:-1]), k.shape[-1], v.shape[-1]
+    *rows, dk = k.shape
+    rows, dv = tuple(rows), v.shape[-1]
     shapes: Dict[str, Tuple[int, ...]] = {
         "q": (*rows, dk),
         "v": (*rows, dv),
@@ -52,8 +53,7 @@ def check_operands(
         if x is None:
             continue
         _check_tensor(name, x)
-        along_key = name == "erase" and tuple(x.shape) == rows
-        if tuple(x.shape) != shapes[name] and not along_key:
+        if x.shape != shapes[name] and not (name == "erase" and x.shape == rows):
             wanted = f"{shapes[name]} or {rows}" if name == "erase" else shapes[name]
             raise FastWeightError(
                 f"{name} must have shape {wanted} to fit k {tuple(k.shape)} and v {tuple(v.shape)}, "

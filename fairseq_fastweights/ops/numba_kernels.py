@@ -9,8 +9,7 @@ product is added:
     O = diag(g) Q S0 + P R                   P = tril((Q K^T) . Gam)
     S_C = g_C S0 + K^T diag(g_C / g) R
 
-The backward is two sweeps: one from the end carries dS, one from the start carries S, so no state is saved
-between forward and backward, whatever the length.
+The backward computes the states of its head again, so none is kept from the forward.
 
 A kernel is called by every thread with the address of one ``job``, an array of int64:
 
@@ -449,7 +448,6 @@ def backward(job, number):
     D_Q, D_K, D_V, D_WRITE, D_ERASE, D_STRENGTH, D_STATE = range(11, 18)
     chunk, tokens, dk, dv = job[3], job[4], job[5], job[6]
     reads, erases, decays = given(job, D_OUT), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
-    along_key = given(job, STRENGTH)
     size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
     K, Q, N = (
         np.empty((size, wide_k), number),
@@ -464,26 +462,41 @@ def backward(job, number):
         np.empty((size, wide_v), number),
     )
     A, P = np.empty((size, size), number), np.empty((size, size), number)
-    dS, S_t = np.empty((wide_k, wide_v), number), np.empty((wide_v, wide_k), number)
-    gate, since_start, until_end = (
-        np.empty((size, 1), number),
-        np.empty((size, 1), number),
-        np.empty((size, 1), number),
-    )
-    d_gate = np.empty((size, 1), number)
+    chunks = (tokens + chunk - 1) // chunk
+    starts = np.empty((chunks, wide_v, wide_k), number)  # S^T before every chunk of one head
+    dS, dS_t = np.empty((wide_k, wide_v), number), np.empty((wide_v, wide_k), number)
+    gate, d_gate = np.empty((size, 1), number), np.empty((size, 1), number)
+    since_start, until_end = np.empty((size, 1), number), np.empty((size, 1), number)
     pairs = np.empty((size, size) if decays else (0, 0), number)
     kept = number(1)
-    last_start = (tokens - 1) // chunk * chunk
-    stateless = last_start == 0 and not given(job, STATE)  # then one sweep is all
     head = take_next(job)
     while head < job[1]:
+        # from the start: S again
+        if given(job, STATE):
+            load(dS, of_head(job, STATE, head), dv, 0, dk, wide_k)
+            transpose(starts[0], dS, wide_k)
+        for n in range(chunks - 1):
+            load(K, of_head(job, K_, head), dk, n * chunk, chunk, round_up(chunk))
+            load(R, of_head(job, INSERTED, head), dv, n * chunk, chunk, round_up(chunk))
+            empty = n == 0 and not given(job, STATE)
+            if not empty:
+                starts[n + 1] = starts[n]
+            if decays:
+                load(gate, of_head(job, DECAY, head), 1, n * chunk, chunk, round_up(chunk))
+                kept = decay_factors(gate, round_up(chunk), pairs, since_start, until_end)
+                scale_rows(K, until_end, round_up(chunk))
+                starts[n + 1] *= kept
+            product(starts[n + 1], R.T, K, wide_v, round_up(chunk), not empty)
+
         # from the end, carrying dS
         empty = not given(job, D_END)
         if not empty:
             load(dS, of_head(job, D_END, head), dv, 0, dk, wide_k)
-        for start in range(last_start, -1, -chunk):
+        for n in range(chunks - 1, -1, -1):
+            start = n * chunk
             count = min(chunk, tokens - start)
             rows = round_up(count)
+            carried = n > 0 or given(job, STATE)
             load(K, of_head(job, K_, head), dk, start, count, rows)
             transpose(K_t, K, rows)
             load(R, of_head(job, INSERTED, head), dv, start, count, rows)
@@ -492,8 +505,8 @@ def backward(job, number):
                 load(gate, of_head(job, DECAY, head), 1, start, count, rows)
                 kept = decay_factors(gate, rows, pairs, since_start, until_end)
             if not empty:  # dB is dR first
-                transpose(S_t, dS, wide_k)
-                product(dK, R, S_t, rows, wide_v, False)
+                transpose(dS_t, dS, wide_k)
+                product(dK, R, dS_t, rows, wide_v, False)
                 product(dB, K, dS, rows, wide_k, False)
                 if decays:
                     scale_rows(dK, until_end, rows)
@@ -506,11 +519,14 @@ def backward(job, number):
                 load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
                 lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
                 upper_times(dB, P.T, dO, rows, not empty)
-            if reads:
                 lower_product(P, dO, R_t, rows, wide_v, pairs, 0)  # dP . Gam
-                lower_times(dX, P, K, rows, False)
-                store(of_head(job, D_Q, head), dX, dk, start, count)
                 upper_times(dK, P.T, Q, rows, not empty)
+                lower_times(dX, P, K, rows, False)  # dQ
+                if decays:
+                    scale_rows(dO, since_start, rows)
+                if carried:
+                    product(dX, dO, starts[n], rows, wide_v, True)
+                store(of_head(job, D_Q, head), dX, dk, start, count)
             if erases:
                 load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows)
                 lower_product(A, N, K_t, rows, wide_k, pairs, -1)
@@ -518,108 +534,50 @@ def backward(job, number):
                 lower_product(A, dB, R_t, rows, wide_v, pairs, -1)  # dA . Gam
                 upper_times(dK, A.T, N, rows, True)
                 lower_times(dX, A, K, rows, False)  # dN
-                if along_key:
-                    d_gate[:rows] = 0
+            if given(job, WRITE):  # dV = diag(w) dB, dw = dB . V
+                load(R, of_head(job, V_, head), dv, start, count, rows)
+                row_products(d_gate, dB, R, rows)
+                store(of_head(job, D_WRITE, head), d_gate, 1, start, count)
+                load(d_gate, of_head(job, WRITE, head), 1, start, count, rows)
+                copy_scaled(R, dB, d_gate, rows)
+                store(of_head(job, D_V, head), R, dv, start, count)
+            else:
+                store(of_head(job, D_V, head), dB, dv, start, count)
+            if erases:
+                if decays:
+                    scale_rows(dB, since_start, rows)
+                if carried:
+                    product(dX, dB, starts[n], rows, wide_v, True)
+                if given(job, STRENGTH):
                     add_along_key(dX, K, gate, d_gate, dK, rows)
                     store(of_head(job, D_STRENGTH, head), d_gate, 1, start, count)
                 else:
                     negate(dX, rows)
                     store(of_head(job, D_ERASE, head), dX, dk, start, count)
             store(of_head(job, D_K, head), dK, dk, start, count)
-            if stateless and given(job, WRITE):
-                finish_write(job, head, dB, R, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows)
-            else:
-                store(of_head(job, D_V, head), dB, dv, start, count)
-            if start > 0 or given(job, D_STATE):
+            if carried:
                 if decays and not empty:
                     dS *= kept
                 if reads:
-                    if decays:
-                        scale_rows(Q, since_start, rows)
                     product(dS, Q.T, dO, wide_k, rows, not empty)
                     empty = False
                 if erases and not empty:  # dB is 0 while dS is and nothing reads
-                    if decays:
-                        scale_rows(N, since_start, rows)
                     product(dS, N.T, dB, wide_k, rows, True)
         if given(job, D_STATE):
             store(of_head(job, D_STATE, head), dS, dv, 0, dk)
-
-        if stateless:
-            head = take_next(job)
-            continue
-        # from the start, carrying S: what reads and erasures of earlier states give
-        empty = not given(job, STATE)
-        if not empty:
-            load(dS, of_head(job, STATE, head), dv, 0, dk, wide_k)
-            transpose(S_t, dS, wide_k)
-        for start in range(0, tokens, chunk):
-            count = min(chunk, tokens - start)
-            rows = round_up(count)
-            if decays:
-                load(gate, of_head(job, DECAY, head), 1, start, count, rows)
-                kept = decay_factors(gate, rows, pairs, since_start, until_end)
-            if reads and not empty:
-                load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
-                if decays:
-                    scale_rows(dO, since_start, rows)
-                load(dX, of_head(job, D_Q, head), dk, start, count, rows)
-                product(dX, dO, S_t, rows, wide_v, True)
-                store(of_head(job, D_Q, head), dX, dk, start, count)
-            load(K, of_head(job, K_, head), dk, start, count, rows)
-            if erases and not empty:
-                load(dB, of_head(job, D_V, head), dv, start, count, rows)
-                if decays:
-                    scale_rows(dB, since_start, rows)
-                if along_key:
-                    product(dX, dB, S_t, rows, wide_v, False)
-                    load(gate, of_head(job, STRENGTH, head), 1, start, count, rows)
-                    negate(gate, rows)
-                    load(d_gate, of_head(job, D_STRENGTH, head), 1, start, count, rows)
-                    load(dK, of_head(job, D_K, head), dk, start, count, rows)
-                    add_along_key(dX, K, gate, d_gate, dK, rows)
-                    store(of_head(job, D_STRENGTH, head), d_gate, 1, start, count)
-                    store(of_head(job, D_K, head), dK, dk, start, count)
-                else:
-                    negate(dB, rows)
-                    load(dX, of_head(job, D_ERASE, head), dk, start, count, rows)
-                    product(dX, dB, S_t, rows, wide_v, True)
-                    store(of_head(job, D_ERASE, head), dX, dk, start, count)
-            if start < last_start:
-                load(R, of_head(job, INSERTED, head), dv, start, count, rows)
-                if decays:
-                    scale_rows(K, until_end, rows)
-                    if not empty:
-                        S_t *= kept
-                product(S_t, R.T, K, wide_v, rows, not empty)
-                empty = False
-            if given(job, WRITE):
-                load(dB, of_head(job, D_V, head), dv, start, count, rows)
-                finish_write(job, head, dB, R, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows)
         head = take_next(job)
 
 
 @njit(**OPTIONS)
 def add_along_key(dN, K, gate, d_strength, dK, rows):
-    """N = diag(gate) K with gate = -strength: dK += diag(gate) dN and d strength -= dN . K."""
+    """N = diag(gate) K with gate = -strength: dK += diag(gate) dN, d strength = -rowsum(dN . K)."""
     for i in range(rows):
         factor = gate[i, 0]
-        total = d_strength[i, 0]
+        total = dN.dtype.type(0)
         for j in range(dN.shape[1]):
             total -= dN[i, j] * K[i, j]
             dK[i, j] += factor * dN[i, j]
         d_strength[i, 0] = total
-
-
-@njit(**OPTIONS)
-def finish_write(job, head, dB, V, gate, d_gate, V_, WRITE, D_V, D_WRITE, dv, start, count, rows):
-    """dV = diag(w) dB, dw = dB . V; V is work space."""
-    load(V, of_head(job, V_, head), dv, start, count, rows)
-    load(gate, of_head(job, WRITE, head), 1, start, count, rows)
-    row_products(d_gate, dB, V, rows)
-    scale_rows(dB, gate, rows)
-    store(of_head(job, D_WRITE, head), d_gate, 1, start, count)
-    store(of_head(job, D_V, head), dB, dv, start, count)
 
 
 @njit(**OPTIONS)

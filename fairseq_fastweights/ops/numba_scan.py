@@ -70,7 +70,7 @@ def parallel() -> Callable:
     region.restype = None
 
     def in_openmp(function, address: int, threads: int) -> None:
-        region(ctypes.cast(function, ctypes.c_void_p), address, threads, 0)
+        region(ctypes.c_void_p.from_buffer(function), address, threads, 0)  # what the pointer points to
 
     return in_openmp
 
@@ -100,8 +100,8 @@ def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], c
         if x is None:
             numbers += (0, 0, 0, 0)
         else:
-            stride, item = x.stride(), x.element_size()
-            numbers += (x.data_ptr() or 1, stride[0] * item, stride[1] * item, stride[2] * item)
+            size, stride = x.itemsize, x.stride()
+            numbers += (x.data_ptr() or 1, stride[0] * size, stride[1] * size, stride[2] * size)
     if numbers[1] == 0:
         return
     job = Job(*numbers)
@@ -119,10 +119,9 @@ def run(name: str, sizes: Sequence[int], operands: Sequence[Optional[Tensor]], c
 
 def readable(x: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
     """x in ``dtype`` and with neighbouring numbers in its last axis, as the kernels copy whole rows."""
-    if x is None:
-        return None
-    if x.dtype != dtype:
-        x = x.to(dtype)
+    if x is None or (x.dtype == dtype and (x.is_contiguous() or x.dim() == 3 or x.stride(-1) == 1)):
+        return x
+    x = x.to(dtype)
     return x if x.dim() == 3 or x.stride(-1) == 1 else x.contiguous()
 
 
@@ -146,7 +145,7 @@ class NumbaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, write, erase, log_decay, state, need_state, chunk_size):
         dtype = sum_dtype(v)
-        given = [q, k, v, write, erase, log_decay, state]
+        given = (q, k, v, write, erase, log_decay, state)
         inputs = [readable(x, dtype) for x in given]
         batch, heads, tokens, dk = k.shape
         dv = v.shape[-1]
@@ -191,10 +190,9 @@ class NumbaScan(torch.autograd.Function):
         d_decay = None
         if log_decay is not None:
             d_decay = decay_gradient(q, k, erase, dq, dk, de, end, d_end)
-        grads = [
-            None if g is None else g.to(x.dtype)
-            for g, x in zip((dq, dk, dv, dw, de, d_decay, d_state), given)
-        ]
+        grads = (dq, dk, dv, dw, de, d_decay, d_state)
+        if d_decay is not None or v.dtype != given[2].dtype:
+            grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, given)]
         return (*grads, None, None)
 
 
