@@ -78,16 +78,18 @@ def translation(data: Path, sentences: int, repeats: int):
     seconds = {name: [] for name in runs}
     best = {name: [] for name in runs}
     for repeat in range(repeats):
-        spent, tokens = dict.fromkeys(runs, 0.0), dict.fromkeys(runs, 0)
+        # the plain path is there for its hypotheses: once is enough
+        taking_turns = {n: run for n, run in runs.items() if repeat == 0 or not n.endswith("plain path")}
+        spent, tokens = dict.fromkeys(taking_turns, 0.0), dict.fromkeys(taking_turns, 0)
         for batch in batches:
-            for name, (task, model) in runs.items():
+            for name, (task, model) in taking_turns.items():
                 start = time.perf_counter()
                 hypotheses = task.inference_step(generators[name], [model], batch)
                 spent[name] += time.perf_counter() - start
                 tokens[name] += sum(len(h[0]["tokens"]) for h in hypotheses)
                 if repeat == 0:
                     best[name] += [(h[0]["tokens"].tolist(), float(h[0]["score"])) for h in hypotheses]
-        for name in runs:
+        for name in taking_turns:
             seconds[name].append(spent[name] / tokens[name])
     ties = [abs(a[1] - b[1]) for a, b in zip(best["delta"], best["delta, plain path"]) if a[0] != b[0]]
     same = {
@@ -156,7 +158,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--row", action="append", choices=["translation", "language-model"])
-    parser.add_argument("--sentences", type=int, default=200)
+    parser.add_argument("--sentences", type=int, default=120)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="language-model: tokens timed at each position")
     parser.add_argument("--threads", type=int, default=2)

@@ -28,7 +28,7 @@ LM = (
 )
 MT = (
     "--task translation --arch {} --share-all-embeddings --criterion label_smoothed_cross_entropy "
-    "--label-smoothing 0.1 --dropout 0.3 --max-tokens 4000"
+    "--label-smoothing 0.1 --dropout 0.3 --max-tokens 2000"
 )
 
 
@@ -49,7 +49,7 @@ ROWS = {
         "delta": MT.format("fast_weight_transformer_iwslt_de_en") + " --update-rule delta --feature-map elu",
     },
 }
-UPDATES = {"lm-256": 9, "lm-1024": 9, "lm-4096": 5, "translation-iwslt": 15}
+UPDATES = {"lm-256": 9, "lm-1024": 9, "lm-4096": 5, "translation-iwslt": 13}
 
 
 def zipf_line(rng: random.Random, words: int) -> str:

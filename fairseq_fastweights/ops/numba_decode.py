@@ -16,8 +16,8 @@ from .numba_kernels import FIRST_OPERAND, OPTIONS, given, pointer, take_next
 @njit(**OPTIONS)
 def numbers_at(job, operand, a, b, c, count, number):
     """``count`` neighbouring numbers of an operand at index [a, b, c]."""
-    address, first, second, third = job[FIRST_OPERAND + 4 * operand : FIRST_OPERAND + 4 * operand + 4]
-    return carray(pointer(address + a * first + b * second + c * third), count, number)
+    at = FIRST_OPERAND + 4 * operand
+    return carray(pointer(job[at] + a * job[at + 1] + b * job[at + 2] + c * job[at + 3]), count, number)
 
 
 @njit(**OPTIONS)

@@ -252,6 +252,20 @@ def take_next(typing_context, job):
     return types.int64(job), codegen
 
 
+@njit(error_model="numpy", fastmath=False)  # reordered, ``low`` would be 0; unsaid, the caller's would hold
+def add_exactly(total, low, x):
+    """total + low += x, where ``low`` is what rounding took from ``total`` (Kahan 1965).
+
+    A sum that nothing erases grows, and its float32 would lose 1e-5 in 1e5 tokens.
+    """
+    for i in range(total.shape[0]):
+        for j in range(total.shape[1]):
+            y = x[i, j] + low[i, j]
+            new = total[i, j] + y
+            low[i, j] = y - (new - total[i, j])
+            total[i, j] = new
+
+
 # Between the operands and the padded work arrays. An operand of one head is (address, bytes from row to row).
 
 
@@ -264,8 +278,9 @@ def given(job, number):
 @njit(**OPTIONS)
 def of_head(job, number, head):
     """The rows of operand ``number`` that belong to a head."""
-    address, batch, heads, row = job[FIRST_OPERAND + 4 * number : FIRST_OPERAND + 4 * number + 4]
-    return address + head // job[2] * batch + head % job[2] * heads, row
+    at = FIRST_OPERAND + 4 * number
+    sentence = head // job[2]
+    return job[at] + sentence * job[at + 1] + (head - sentence * job[2]) * job[at + 2], job[at + 3]
 
 
 @njit(**OPTIONS)
@@ -380,10 +395,14 @@ def forward(job, number):
         np.empty((size, 1), number),
     )
     pairs = np.empty((size, size) if decays else (0, 0), number)
+    sums = not (decays or erases)
+    added = np.empty((wide_k, wide_v) if sums else (0, 0), number)
+    low = np.empty((wide_k, wide_v) if sums else (0, 0), number)
     kept = number(1)
     head = take_next(job)
     while head < job[1]:
         empty = not given(job, STATE)
+        low[:] = 0
         if not empty:
             load(S, of_head(job, STATE, head), dv, 0, dk, wide_k)
         for start in range(0, tokens, chunk):
@@ -422,7 +441,11 @@ def forward(job, number):
                     scale_rows(K, until_end, rows)
                     if not empty:
                         S *= kept
-                product(S, K.T, R, wide_k, rows, not empty)
+                if sums and not empty:
+                    product(added, K.T, R, wide_k, rows, False)
+                    add_exactly(S, low, added)
+                else:
+                    product(S, K.T, R, wide_k, rows, not empty)
                 empty = False
         if given(job, END):
             store(of_head(job, END, head), S, dv, 0, dk)
@@ -468,9 +491,16 @@ def backward(job, number):
     gate, d_gate = np.empty((size, 1), number), np.empty((size, 1), number)
     since_start, until_end = np.empty((size, 1), number), np.empty((size, 1), number)
     pairs = np.empty((size, size) if decays else (0, 0), number)
+    sums = not (decays or erases)
+    added = np.empty((wide_k, wide_v) if sums else (0, 0), number)
+    added_t = np.empty((wide_v, wide_k) if sums else (0, 0), number)
+    low = np.empty((wide_k, wide_v) if sums else (0, 0), number)
+    low_t = np.empty((wide_v, wide_k) if sums else (0, 0), number)
     kept = number(1)
     head = take_next(job)
     while head < job[1]:
+        low[:] = 0
+        low_t[:] = 0
         # from the start: S again
         if given(job, STATE):
             load(dS, of_head(job, STATE, head), dv, 0, dk, wide_k)
@@ -486,7 +516,11 @@ def backward(job, number):
                 kept = decay_factors(gate, round_up(chunk), pairs, since_start, until_end)
                 scale_rows(K, until_end, round_up(chunk))
                 starts[n + 1] *= kept
-            product(starts[n + 1], R.T, K, wide_v, round_up(chunk), not empty)
+            if sums and not empty:
+                product(added_t, R.T, K, wide_v, round_up(chunk), False)
+                add_exactly(starts[n + 1], low_t, added_t)
+            else:
+                product(starts[n + 1], R.T, K, wide_v, round_up(chunk), not empty)
 
         # from the end, carrying dS
         empty = not given(job, D_END)
@@ -558,7 +592,10 @@ def backward(job, number):
             if carried:
                 if decays and not empty:
                     dS *= kept
-                if reads:
+                if reads and sums and not empty:
+                    product(added, Q.T, dO, wide_k, rows, False)
+                    add_exactly(dS, low, added)
+                elif reads:
                     product(dS, Q.T, dO, wide_k, rows, not empty)
                     empty = False
                 if erases and not empty:  # dB is 0 while dS is and nothing reads
