@@ -9,7 +9,7 @@ product is added:
     O = diag(g) Q S0 + P R                   P = tril((Q K^T) . Gam)
     S_C = g_C S0 + K^T diag(g_C / g) R
 
-The backward computes the states of its head again, so none is kept from the forward.
+The forward keeps R and P for the backward, which computes A and the states of its head again.
 
 A kernel is called by every thread with the address of one ``job``, an array of int64:
 
@@ -31,7 +31,7 @@ from numba.extending import intrinsic
 TILE = 4  # rows of a register tile; its columns are two vectors
 VECTOR = 32  # bytes
 FIRST_OPERAND = 7  # in a job
-JOB_SIZE = FIRST_OPERAND + 4 * 18
+JOB_SIZE = FIRST_OPERAND + 4 * 19
 PAD = 16  # work arrays have a multiple of this many columns: whole tiles in float32 and float64
 
 # products may be fused with sums and sums reordered, but nan and inf mean what they mean
@@ -206,12 +206,25 @@ def lower_product(out, a, b, rows, inner, pairs, diagonal):
     """out = tril(a b . pairs, diagonal); without decay ``pairs`` (Gam) is empty."""
     for row in range(0, rows, TILE):
         tile_row(out, a, b, row, 0, inner, padded(row + TILE), False)
-        for i in range(row, row + TILE):
-            for j in range(i + diagonal + 1, row + TILE):
-                out[i, j] = 0
-            if pairs.size > 0:
-                for j in range(i + diagonal + 1):
+        clear_above(out, row, diagonal)
+        if pairs.size > 0:
+            for i in range(row, row + TILE):
+                for j in range(i + 1):
                     out[i, j] *= pairs[i, j]
+
+
+@njit(**OPTIONS)
+def clear_above(out, row, diagonal):
+    """Zeros above the diagonal (0) of the tile at [row, row], or from the diagonal on (-1). Loops would cost more."""
+    out[row, row + 1] = 0
+    out[row, row + 2] = 0
+    out[row, row + 3] = 0
+    out[row + 1, row + 2] = 0
+    out[row + 1, row + 3] = 0
+    out[row + 2, row + 3] = 0
+    if diagonal < 0:
+        for i in range(TILE):
+            out[row + i, row + i] = 0
 
 
 @njit(**OPTIONS)
@@ -293,7 +306,8 @@ def load(work, rows_of, width, start, count, rows):
         copy_bytes(work_at + i * work.strides[0], address + (start + i) * stride, size)
     if width < work.shape[1]:
         work[:count, width:] = 0
-    work[count:rows] = 0
+    if count < rows:
+        work[count:rows] = 0
 
 
 @njit(**OPTIONS)
@@ -375,8 +389,8 @@ def round_up(rows):
 
 @njit(**OPTIONS)
 def forward(job, number):
-    """``chunked_forward`` of one head after another. Writes out, inserted (R) and end, those that are given."""
-    Q_, K_, V_, WRITE, ERASE, STRENGTH, DECAY, STATE, OUT, INSERTED, END = range(11)
+    """``chunked_forward`` of one head after another. Writes those given of out, R, P and end."""
+    Q_, K_, V_, WRITE, ERASE, STRENGTH, DECAY, STATE, OUT, INSERTED, WEIGHTS, END = range(12)
     chunk, tokens, dk, dv = job[3], job[4], job[5], job[6]
     reads, erases, decays = given(job, Q_), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
     size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
@@ -428,6 +442,8 @@ def forward(job, number):
             if reads:
                 load(Q, of_head(job, Q_, head), dk, start, count, rows)
                 lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
+                if given(job, WEIGHTS):
+                    store(of_head(job, WEIGHTS, head), P, chunk, start, count)
                 lower_times(read, P, R, rows, False)
                 if not empty:
                     if decays:
@@ -467,8 +483,8 @@ def load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows):
 @njit(**OPTIONS)
 def backward(job, number):
     """``chunked_backward`` of one head after another, all but d log_decay. d_out is given if anything was read."""
-    Q_, K_, V_, WRITE, ERASE, STRENGTH, DECAY, STATE, INSERTED, D_OUT, D_END = range(11)
-    D_Q, D_K, D_V, D_WRITE, D_ERASE, D_STRENGTH, D_STATE = range(11, 18)
+    Q_, K_, V_, WRITE, ERASE, STRENGTH, DECAY, STATE, INSERTED, WEIGHTS, D_OUT, D_END = range(12)
+    D_Q, D_K, D_V, D_WRITE, D_ERASE, D_STRENGTH, D_STATE = range(12, 19)
     chunk, tokens, dk, dv = job[3], job[4], job[5], job[6]
     reads, erases, decays = given(job, D_OUT), given(job, ERASE) or given(job, STRENGTH), given(job, DECAY)
     size, wide_k, wide_v = padded(chunk), padded(dk), padded(dv)
@@ -532,7 +548,6 @@ def backward(job, number):
             rows = round_up(count)
             carried = n > 0 or given(job, STATE)
             load(K, of_head(job, K_, head), dk, start, count, rows)
-            transpose(K_t, K, rows)
             load(R, of_head(job, INSERTED, head), dv, start, count, rows)
             transpose(R_t, R, rows)
             if decays:
@@ -551,7 +566,7 @@ def backward(job, number):
             if reads:
                 load(Q, of_head(job, Q_, head), dk, start, count, rows)
                 load(dO, of_head(job, D_OUT, head), dv, start, count, rows)
-                lower_product(P, Q, K_t, rows, wide_k, pairs, 0)
+                load(P, of_head(job, WEIGHTS, head), chunk, start, count, rows)
                 upper_times(dB, P.T, dO, rows, not empty)
                 lower_product(P, dO, R_t, rows, wide_v, pairs, 0)  # dP . Gam
                 upper_times(dK, P.T, Q, rows, not empty)
@@ -563,6 +578,7 @@ def backward(job, number):
                 store(of_head(job, D_Q, head), dX, dk, start, count)
             if erases:
                 load_erase(N, job, ERASE, STRENGTH, head, K, gate, dk, start, count, rows)
+                transpose(K_t, K, rows)
                 lower_product(A, N, K_t, rows, wide_k, pairs, -1)
                 solve_upper(A.T, dB, rows)
                 lower_product(A, dB, R_t, rows, wide_v, pairs, -1)  # dA . Gam

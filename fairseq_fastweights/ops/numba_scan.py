@@ -22,7 +22,7 @@ from .chunked import chunk_length, chunked_scan, sum_dtype
 logger = logging.getLogger(__name__)
 
 NUMBA_CHUNK = 32  # fastest of 8 to 64 at head widths 16 to 64: benchmarks/README.md
-JOB_SIZE = 7 + 4 * 18  # as in numba_kernels, which must not be imported before it is used
+JOB_SIZE = 7 + 4 * 19  # as in numba_kernels, which must not be imported before it is used
 Job = ctypes.c_int64 * JOB_SIZE
 WORTH_A_THREAD = 2**16  # multiplications of a scan below which starting a thread costs more than it saves
 
@@ -140,7 +140,7 @@ def split_erase(q, k, v, write, erase, log_decay, state) -> list:
 
 
 class NumbaScan(torch.autograd.Function):
-    """Saves the inputs as they came and the inserted values; the states are computed again by the backward."""
+    """Saves the inputs as they came, the inserted values and P; the backward computes the states again."""
 
     @staticmethod
     def forward(ctx, q, k, v, write, erase, log_decay, state, need_state, chunk_size):
@@ -155,9 +155,13 @@ class NumbaScan(torch.autograd.Function):
         values_differ = (erase is not None or write is not None) and any(ctx.needs_input_grad)
         inserted = result_like(v, dtype) if values_differ else None
         end = v.new_empty(batch, heads, dk, dv, dtype=dtype) if need_state else None
-        operands = [*split_erase(*inputs), out, inserted, end]
+        weights = None  # P, the part of out = P R that each chunk reads from itself
+        if q is not None and any(ctx.needs_input_grad):
+            weights = v.new_empty(batch, heads, tokens, ctx.chunk, dtype=dtype)
+        operands = [*split_erase(*inputs), out, inserted, weights, end]
         run("forward", (ctx.chunk, tokens, dk, dv), operands, k.numel() * dv)
-        ctx.save_for_backward(*given, v if inserted is None else inserted, None if log_decay is None else end)
+        kept_end = None if log_decay is None else end
+        ctx.save_for_backward(*given, v if inserted is None else inserted, weights, kept_end)
         return None if out is None else out.to(v.dtype), end
 
     @staticmethod
@@ -169,7 +173,7 @@ class NumbaScan(torch.autograd.Function):
             )
         if d_out is None and d_end is None:
             return (None,) * 9
-        *given, inserted, end = ctx.saved_tensors
+        *given, inserted, weights, end = ctx.saved_tensors
         dtype = sum_dtype(inserted)
         q, k, v, write, erase, log_decay, state = inputs = [readable(x, dtype) for x in given]
         inserted, d_out, d_end = (readable(x, dtype) for x in (inserted, d_out, d_end))
@@ -184,7 +188,7 @@ class NumbaScan(torch.autograd.Function):
         run(
             "backward",
             sizes,
-            [*split_erase(*inputs), inserted, d_out, d_end, *results],
+            [*split_erase(*inputs), inserted, weights, d_out, d_end, *results],
             k.numel() * v.shape[-1],
         )
         d_decay = None
