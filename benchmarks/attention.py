@@ -8,6 +8,7 @@ All candidates of a row run in turns in one process; the ratio columns compare m
 """
 
 import argparse
+import ctypes
 import itertools
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def peak_memory(shape, rule: str, name: str) -> int:
 def print_peak(shape, rule: str, name: str) -> None:
     candidates((1, 1, 40, 64), rule)[name]()  # compilers and libraries, before anything is counted
     run = candidates(shape, rule)[name]
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed must not be counted as there
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     before = resident("VmRSS")
     run()

@@ -19,6 +19,8 @@ import torch
 from measure import machine, summary, write_json
 from training import LM, VOCABULARY, prepare
 
+from fairseq_fastweights.ops.lazy_state import LazyState
+
 TRANSLATION = {
     "softmax": "--arch transformer_iwslt_de_en",
     "delta": "--arch fast_weight_transformer_iwslt_de_en --update-rule delta --feature-map elu",
@@ -103,7 +105,10 @@ def translation(data: Path, sentences: int, repeats: int):
 
 
 def state_at(model, tokens, position: int):
-    """The incremental state after ``position`` tokens. A key-value cache is filled directly: only its size matters."""
+    """The incremental state after ``position`` tokens, filled directly: only its size matters.
+
+    A fast-weight state has its matrices by then, and pairs since.
+    """
     state = {}
     model.decoder(tokens[:, :1], incremental_state=state)
     for layer in model.decoder.layers:
@@ -113,6 +118,8 @@ def state_at(model, tokens, position: int):
             if name in buffer:
                 batch, heads, _, width = buffer[name].shape
                 buffer[name] = torch.randn(batch, heads, position, width)
+        if "lazy" in buffer:
+            buffer["lazy"].fold()
         if "prev_key" in buffer:
             attention._set_input_buffer(state, buffer)
     return state
@@ -122,7 +129,9 @@ def state_bytes(state) -> int:
     """Bytes that the tensors of an incremental state hold, shared memory counted once."""
     storages = {}
     for entry in state.values():
-        for x in entry.values():
+        tensors = list(entry.values())
+        tensors += [x for lazy in tensors if isinstance(lazy, LazyState) for x in vars(lazy).values()]
+        for x in tensors:
             if torch.is_tensor(x):
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return sum(storages.values())
