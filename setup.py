@@ -29,7 +29,17 @@ EXTRAS = {
     "cpu": ["numba>=0.61"],  # the CPU kernels: several times faster training and decoding without a GPU
     "cuda12": ["cupy-cuda12x>=14,<15"],
     "cuda13": ["cupy-cuda13x>=14,<15"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "packaging", "setuptools>=70.1", "pip"],
+    # nvidia-cuda-nvrtc compiles the CUDA kernels for every architecture, without a GPU
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "hypothesis",
+        "ruff",
+        "packaging",
+        "setuptools>=70.1",
+        "pip",
+        "nvidia-cuda-nvrtc>=13",
+    ],
 }
 EXTRAS["examples"] = EXTRAS["fairseq"] + EXTRAS["cpu"]
 EXTRAS["test"] += EXTRAS["cpu"]

@@ -118,8 +118,8 @@ def state_at(model, tokens, position: int):
             if name in buffer:
                 batch, heads, _, width = buffer[name].shape
                 buffer[name] = torch.randn(batch, heads, position, width)
-        if "lazy" in buffer:
-            buffer["lazy"].fold()
+        if "kept" in buffer:
+            buffer["kept"].fold()
         if "prev_key" in buffer:
             attention._set_input_buffer(state, buffer)
     return state

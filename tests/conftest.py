@@ -7,13 +7,22 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/cuda_on_cpu")]
+
+from cuda_stand_in import instead_of_gpu  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cupy():
+    """Backend "cuda" runs on CPU tensors; the value is what stands in for CuPy and notes the launches."""
+    with instead_of_gpu() as stand_in:
+        yield stand_in
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ from ..ops import fast_weight_scan
 from ..ops.checks import check_chunk_size
 from ..ops.chunked import scriptable_scan
 from ..ops.decode import step
-from ..ops.dispatch import check_backend, refusals
-from ..ops.lazy_state import LazyState
+from ..ops.dispatch import check_backend, decoding_state
 from ..update_rules import ATTENTION_EPS, Operands, build_update_rule, rule_class
 
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
@@ -323,8 +322,8 @@ class FastWeightAttention(nn.Module):
         z: Optional[Tensor] = None
         if incremental_state is None:
             out, state, z = self._scan(q, k, v, gates, padding, state, z, False)
-        elif not torch.jit.is_scripting() and self._is_lazy(k):
-            out = self._read_past_lazily(q, k, v, gates, padding, incremental_state)
+        elif not torch.jit.is_scripting() and self._keeps_state(k):
+            out = self._read_past_kept(q, k, v, gates, padding, incremental_state)
         else:
             saved = self._get_input_buffer(incremental_state)
             if "state" in saved:
@@ -334,13 +333,12 @@ class FastWeightAttention(nn.Module):
         return out
 
     @torch.jit.unused
-    def _is_lazy(self, k: Tensor) -> bool:
-        """Whether decoding keeps a ``LazyState``, which the CPU kernels read, in place of the matrices."""
-        wanted = self.backend in ("auto", "numba") and not torch.is_grad_enabled()
-        return wanted and refusals(k.device)["numba"] is None
+    def _keeps_state(self, k: Tensor) -> bool:
+        """Whether decoding keeps an object that the kernels of this device read, in place of the plain matrices."""
+        return not torch.is_grad_enabled() and decoding_state(self.backend, k.device) is not None
 
     @torch.jit.unused
-    def _read_past_lazily(
+    def _read_past_kept(
         self,
         q: Tensor,
         k: Tensor,
@@ -350,17 +348,18 @@ class FastWeightAttention(nn.Module):
         incremental_state: IncrementalState,
     ) -> Tensor:
         saved = self._get_input_buffer(incremental_state)
-        state, z = saved.get("lazy"), saved.get("z")
-        if state is None:
-            state = LazyState(saved.get("state"))
+        kept, z = saved.get("kept"), saved.get("z")
+        new = decoding_state(self.backend, k.device)
+        if kept is None:
+            kept = new(saved.get("state"))
         if k.shape[2] == 1:
             write, erase, log_decay, sums = self._rule_operands(k, gates, padding, z)
-            out = state.step(q, k, v, write, erase, log_decay)
+            out = kept.step(q, k, v, write, erase, log_decay)
             out, z = self._finish(q, out, sums, True, z)
         else:  # a prompt, all at once
-            out, end, z = self._scan(q, k, v, gates, padding, state.dense(), z, True)
-            state = LazyState(end)
-        self._set_input_buffer(incremental_state, {"lazy": state, "z": z})
+            out, end, z = self._scan(q, k, v, gates, padding, kept.dense(), z, True)
+            kept = new(end)
+        self._set_input_buffer(incremental_state, {"kept": kept, "z": z})
         return out
 
     def _write_whole(
@@ -440,8 +439,8 @@ class FastWeightAttention(nn.Module):
     def reorder_incremental_state(self, incremental_state: IncrementalState, new_order: Tensor):
         """Row i continues from row new_order[i]; rows may repeat or vanish."""
         saved = self._get_input_buffer(incremental_state)
-        if not torch.jit.is_scripting() and "lazy" in saved:
-            saved["lazy"].reorder(new_order)
+        if not torch.jit.is_scripting() and "kept" in saved:
+            saved["kept"].reorder(new_order)
             if saved["z"] is not None:
                 saved["z"] = saved["z"].index_select(0, new_order)
             incremental_state = self._set_input_buffer(incremental_state, saved)

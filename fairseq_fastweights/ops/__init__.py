@@ -13,7 +13,6 @@ from ..errors import FastWeightError
 from . import dispatch
 from .checks import check_chunk_size, check_operands
 from .chunked import no_autocast
-from .decode import step
 
 __all__ = ["fast_weight_scan", "fast_weight_step", "sum_rule", "delta_rule"]
 
@@ -98,7 +97,7 @@ def fast_weight_step(
     """
     _check_step(q, k, v, write, erase, log_decay, state, parent, out_state)
     with torch.no_grad(), no_autocast(v.device.type):
-        return step(q, k, v, write, erase, log_decay, state, parent, out_state)
+        return dispatch.choose_step(k)(q, k, v, write, erase, log_decay, state, parent, out_state)
 
 
 def _check_step(q, k, v, write, erase, log_decay, state, parent, out_state) -> None:

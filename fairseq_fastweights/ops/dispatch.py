@@ -5,8 +5,13 @@ from typing import Callable, Dict, Optional
 import torch
 
 from ..errors import FastWeightError
-from . import numba_scan
+from . import cuda, numba_scan
 from .chunked import chunked_scan, erase_keys, no_autocast, sum_dtype
+from .cuda_scan import cuda_scan
+from .cuda_step import cuda_step
+from .decode import step
+from .dense_state import DenseState
+from .lazy_state import LazyState
 from .reference import reference_scan
 
 BACKENDS = ("auto", "reference", "chunked", "numba", "cuda")
@@ -20,9 +25,7 @@ def refusals(device: torch.device) -> Dict[str, Optional[str]]:
         "numba": numba_scan.refusal()
         if device.type == "cpu"
         else f"the tensors are on {device.type}, and these kernels run on the CPU",
-        "cuda": "this version of fairseq_fastweights has no CUDA kernels yet"
-        if device.type == "cuda"
-        else f"the tensors are on {device.type}, not on a CUDA device",
+        "cuda": cuda.refusal(device),
     }
 
 
@@ -36,11 +39,27 @@ def choose(backend: str, device: torch.device) -> Callable:
     """The scan function of a backend by name; "auto" takes the fastest that runs on ``device``."""
     check_backend(backend)
     if backend == "auto":
-        backend = "numba" if refusals(device)["numba"] is None else "chunked"
+        found = refusals(device)
+        backend = next(name for name in ("cuda", "numba", "chunked") if found[name] is None)
     reason = refusals(device)[backend]
     if reason is not None:
         raise FastWeightError(f"backend {backend!r} cannot run here: {reason}; use 'auto' or 'chunked'")
     return SCANS[backend]
+
+
+def choose_step(k: torch.Tensor) -> Callable:
+    """The function behind ``fast_weight_step`` for keys k."""
+    fits = k.dtype in cuda.NUMBERS and k.numel() > 0
+    return cuda_step if fits and cuda.refusal(k.device) is None else step
+
+
+def decoding_state(backend: str, device: torch.device) -> Optional[Callable]:
+    """The class that keeps the state of decoding rows for a backend's kernels; None where there are none."""
+    found = refusals(device)
+    for name, kind in (("cuda", DenseState), ("numba", LazyState)):
+        if backend in ("auto", name) and found[name] is None:
+            return kind
+    return None
 
 
 def _reference(q, k, v, write, erase, log_decay, state, need_state, chunk_size):
@@ -54,4 +73,9 @@ def _reference(q, k, v, write, erase, log_decay, state, need_state, chunk_size):
     return None if out is None else out.to(v.dtype), state if need_state else None
 
 
-SCANS = {"reference": _reference, "chunked": chunked_scan, "numba": numba_scan.numba_scan}
+SCANS = {
+    "reference": _reference,
+    "chunked": chunked_scan,
+    "numba": numba_scan.numba_scan,
+    "cuda": cuda_scan,
+}

@@ -9,7 +9,6 @@ import functools
 import importlib.util
 import logging
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Callable, Optional, Sequence, Tuple
 
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from ..errors import FastWeightError
 from .chunked import chunk_length, chunked_scan, sum_dtype
-
-logger = logging.getLogger(__name__)
+from .notice import compiling
 
 NUMBA_CHUNK = 32  # fastest of 8 to 64 at head widths 16 to 64: benchmarks/README.md
 JOB_SIZE = 7 + 4 * 19  # as in numba_kernels, which must not be imported before it is used
@@ -47,12 +45,8 @@ def kernel(name: str, dtype: torch.dtype) -> Callable:
     logging.getLogger("numba").setLevel(logging.WARNING)  # it writes a line an instruction at level DEBUG
     from .numba_entries import compiled
 
-    notice = threading.Timer(1.0, logger.info, ["compiling the CPU kernel %s (once: the code is kept)", name])
-    notice.start()  # from the cache it takes 0.1 s
-    try:
+    with compiling(f"the CPU kernel {name}"):
         return compiled(f"{name}_{str(dtype).replace('torch.', '')}")
-    finally:
-        notice.cancel()
 
 
 @functools.lru_cache(None)

@@ -93,7 +93,7 @@ def test_long_sentences_are_folded(case, backend):
             attention.reorder_incremental_state(state, rows)
         kept = buffer_of(attention, state)
     if backend == "auto":
-        assert kept["lazy"].base is not None and kept["lazy"].count < 40
+        assert kept["kept"].base is not None and kept["kept"].count < 40
     else:
         assert kept["state"].dim() == 4
 
@@ -124,8 +124,8 @@ def test_two_searches_at_once_keep_their_own_states():
 
 def bytes_of(kept) -> int:
     tensors = [x for x in kept.values() if torch.is_tensor(x)]
-    if "lazy" in kept:
-        tensors += [x for x in vars(kept["lazy"]).values() if torch.is_tensor(x)]
+    if "kept" in kept:
+        tensors += [x for x in vars(kept["kept"]).values() if torch.is_tensor(x)]
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
 

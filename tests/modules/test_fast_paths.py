@@ -51,7 +51,7 @@ def test_single_tokens_are_decoded_from_pairs(kernels):
         for _ in range(3):
             attend(attention, sentences(1, 2), incremental_state=state)
     assert kernels == ["address_forward", "address_forward", "decode"] * 3
-    assert buffer_of(attention, state)["lazy"].count == 3
+    assert buffer_of(attention, state)["kept"].count == 3
 
 
 def test_a_prompt_is_scanned_and_then_decoded(kernels):
