@@ -276,7 +276,7 @@ DEVICE void solve_upper(const float* A, float* B) {
 
 // ---- forward ----
 
-extern "C" __global__ void __launch_bounds__(THREADS) scan_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_forward(
     OPERAND(const number, q), OPERAND(const number, k), OPERAND(const number, v), OPERAND(const float, w),
     OPERAND(const float, strength), OPERAND(const number, erase), OPERAND(const float, decay),
     const float* __restrict__ start,  // (B, H, DK, DV) or null
@@ -463,7 +463,7 @@ DEVICE void store_dots(float* to, long long to_row, int rows, const float* dots)
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_backward(
     OPERAND(const number, q), OPERAND(const number, k), OPERAND(const number, v), OPERAND(const float, w),
     OPERAND(const float, strength), OPERAND(const number, erase), OPERAND(const float, decay),
     const float* __restrict__ start,     // (B, H, DK, DV) or null
@@ -678,7 +678,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_backward(
 }
 
 // The sums over the blocks of each head. Parts are (SPLITS, B, H, T, ...) without gaps, gates and their parts (B, H, T).
-extern "C" __global__ void __launch_bounds__(THREADS) scan_reduce(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_reduce(
     const float* __restrict__ q_parts, const float* __restrict__ k_parts, const float* __restrict__ erase_parts,
     OPERAND(number, d_q), OPERAND(number, d_k), OPERAND(number, d_erase),
     const float* __restrict__ w_parts, const float* __restrict__ strength_parts, const float* __restrict__ decay_parts,

@@ -65,7 +65,7 @@ DEVICE Columns warp_sum(Columns x) {
 }
 
 // The states may be one buffer, so they are not __restrict__: each number is read and then written by one thread.
-extern "C" __global__ void __launch_bounds__(THREADS) step(
+extern "C" __global__ void __launch_bounds__(THREADS, 1) step(
     OPERAND(const number, q), OPERAND(const number, k), OPERAND(const number, v), OPERAND(const float, w),
     OPERAND(const float, strength), OPERAND(const number, erase), OPERAND(const float, decay),  // logarithms of a
     const float* state,                      // (given, H, DK, DV)

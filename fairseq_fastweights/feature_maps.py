@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import FastWeightError
+from .ops.cuda_features import Address, cuda_address, fits
 from .ops.dispatch import refusals
-from .ops.numba_scan import numba_address
+from .ops.numba_scan import NUMBA_MAPS, numba_address
 
 FAVOR_EPS = 1e-4  # added to every feature, as in the authors' language model
 
@@ -29,7 +30,7 @@ class FeatureMap(nn.Module):
         output_dim: features per head, the dk of the fast weights.
         signed: whether a feature can be negative. Sums of signed features can vanish, so neither sum
             normalisation nor the attention normaliser makes sense for them.
-        kernel: the name of the map among the CPU kernels of ``ops.numba_features``, if it is there.
+        kernel: the name of the map among the kernels of ``ops.numba_features`` and ``cuda/feature_map.cu``.
     """
 
     signed = False
@@ -46,6 +47,10 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.features(at_least_float32(x))
+
+    def kernel_options(self) -> Dict[str, object]:
+        """What ``ops.cuda_features.Address`` has of this map beside its name and width."""
+        return {}
 
     def extra_repr(self) -> str:
         return f"head_dim={self.head_dim}, output_dim={self.output_dim}"
@@ -91,6 +96,9 @@ class Dpfp(FeatureMap):
         self.nu = nu
         self.output_dim = 2 * head_dim * nu
 
+    def kernel_options(self) -> Dict[str, object]:
+        return {"nu": self.nu}
+
     def features(self, x: Tensor) -> Tensor:
         both = torch.cat([F.relu(x), F.relu(-x)], dim=-1)  # (..., 2 head_dim)
         return torch.cat([both * both.roll(j, -1) for j in range(1, self.nu + 1)], dim=-1)
@@ -114,6 +122,8 @@ class Favor(FeatureMap):
             factor only, which a normalisation that divides by their sum takes out again.
         scale_input: use x / head_dim^1/4, so that the kernel is exp(q.k / sqrt(head_dim)).
     """
+
+    kernel = "favor"
 
     def __init__(
         self,
@@ -142,6 +152,14 @@ class Favor(FeatureMap):
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("projection", torch.empty(head_dim, features))
         self.redraw(0)
+
+    def kernel_options(self) -> Dict[str, object]:
+        return {
+            "directions": self.num_directions,
+            "input_scale": self.input_scale,
+            "eps": self.eps,
+            "stabilizer": self.stabilizer,
+        }
 
     def redraw(self, number: int) -> None:
         """Replace the projection by draw ``number`` of this map's seed."""
@@ -186,6 +204,7 @@ class Tanh(FeatureMap):
     """tanh(x), the map of Schlag et al. (2021), ICLR."""
 
     signed = True
+    kernel = "tanh"
 
     def features(self, x: Tensor) -> Tensor:
         return x.tanh()
@@ -195,6 +214,7 @@ class Identity(FeatureMap):
     """x."""
 
     signed = True
+    kernel = "identity"
 
     def features(self, x: Tensor) -> Tensor:
         return x
@@ -202,6 +222,8 @@ class Identity(FeatureMap):
 
 class Softmax(FeatureMap):
     """softmax over the features of one token (not over tokens); they sum to 1."""
+
+    kernel = "softmax"
 
     def features(self, x: Tensor) -> Tensor:
         return x.softmax(-1)
@@ -272,7 +294,14 @@ def address(
 ) -> Tensor:
     """scale normalize(phi(x)), in one pass where a kernel knows the map: (B, H, T, head_dim) -> (B, H, T, dk)."""
     kernel = type(feature_map).__dict__.get("kernel")  # not inherited: a subclass may be another map
-    fits = x.dim() == 4 and x.shape[-1] == feature_map.head_dim
-    if fits and kernel is not None and backend in ("auto", "numba") and refusals(x.device)["numba"] is None:
-        return numba_address(x, kernel, feature_map.output_dim, normalization, scale, SMALLEST_ROW)
+    if kernel is not None and x.dim() == 4 and x.shape[-1] == feature_map.head_dim:
+        found, features = refusals(x.device), feature_map.output_dim
+        if backend in ("auto", "cuda") and found["cuda"] is None:
+            options = Address(
+                kernel, features, normalization, scale, smallest=SMALLEST_ROW, **feature_map.kernel_options()
+            )
+            if fits(x, options):
+                return cuda_address(x, getattr(feature_map, "projection", None), options)
+        if backend in ("auto", "numba") and found["numba"] is None and kernel in NUMBA_MAPS:
+            return numba_address(x, kernel, features, normalization, scale, SMALLEST_ROW)
     return normalize(feature_map(x), normalization, scale)

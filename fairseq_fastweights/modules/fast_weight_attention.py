@@ -335,7 +335,7 @@ class FastWeightAttention(nn.Module):
     @torch.jit.unused
     def _keeps_state(self, k: Tensor) -> bool:
         """Whether decoding keeps an object that the kernels of this device read, in place of the plain matrices."""
-        return not torch.is_grad_enabled() and decoding_state(self.backend, k.device) is not None
+        return not torch.is_grad_enabled() and decoding_state(self.backend, k) is not None
 
     @torch.jit.unused
     def _read_past_kept(
@@ -349,7 +349,7 @@ class FastWeightAttention(nn.Module):
     ) -> Tensor:
         saved = self._get_input_buffer(incremental_state)
         kept, z = saved.get("kept"), saved.get("z")
-        new = decoding_state(self.backend, k.device)
+        new = decoding_state(self.backend, k)
         if kept is None:
             kept = new(saved.get("state"))
         if k.shape[2] == 1:

@@ -12,7 +12,10 @@ from .cuda_scan import common_dtype
 
 MOST_THREADS = 512
 WIDEST_BLOCK = 32  # columns of the values: rows of 128 bytes
-MOST_HELD = 64  # numbers of the state and the keys that a thread keeps in registers
+MOST_HELD = {
+    4: 64,
+    1: 40,
+}  # numbers of state and keys that a thread keeps in registers, by columns of a thread
 
 
 def power_of_two(n: int) -> int:
@@ -27,9 +30,14 @@ def step_cut(dk: int, dv: int, is_aligned: int) -> Tuple[int, int]:
         width = 4 if is_aligned and dv % 4 == 0 and columns % 4 == 0 else 1
         lanes = columns // width
         threads = min(MOST_THREADS, max(32, power_of_two(lanes * ceil_div(dk, 16 // width))))
-        if ceil_div(dk, threads // lanes) * (width + 1) <= MOST_HELD or columns == 1:
+        if ceil_div(dk, threads // lanes) * (width + 1) <= MOST_HELD[width] or columns == 1:
             return columns, threads
         columns //= 2
+
+
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors without gaps share memory."""
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def cuda_step(
@@ -51,8 +59,7 @@ def cuda_step(
     dtype = common_dtype(q, k, v, erase)
     state = state.contiguous()
     target = out_state
-    overlaps = parent is not None and target is not None and target.data_ptr() == state.data_ptr()
-    if target is None or overlaps or not target.is_contiguous():
+    if target is None or not target.is_contiguous() or (parent is not None and overlap(target, state)):
         target = torch.empty(batch, heads, dk, dv, dtype=torch.float32, device=k.device)
     along_key = erase is not None and erase.dim() == 2
     strength, keys = (erase, None) if along_key else (None, erase)

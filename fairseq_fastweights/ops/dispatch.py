@@ -49,16 +49,19 @@ def choose(backend: str, device: torch.device) -> Callable:
 
 def choose_step(k: torch.Tensor) -> Callable:
     """The function behind ``fast_weight_step`` for keys k."""
-    fits = k.dtype in cuda.NUMBERS and k.numel() > 0
-    return cuda_step if fits and cuda.refusal(k.device) is None else step
+    return cuda_step if _has_cuda_step(k) else step
 
 
-def decoding_state(backend: str, device: torch.device) -> Optional[Callable]:
-    """The class that keeps the state of decoding rows for a backend's kernels; None where there are none."""
-    found = refusals(device)
-    for name, kind in (("cuda", DenseState), ("numba", LazyState)):
-        if backend in ("auto", name) and found[name] is None:
-            return kind
+def _has_cuda_step(k: torch.Tensor) -> bool:
+    return k.dtype in cuda.NUMBERS and k.numel() > 0 and cuda.refusal(k.device) is None
+
+
+def decoding_state(backend: str, k: torch.Tensor) -> Optional[Callable]:
+    """The class that keeps the state of decoding rows for the kernels that run on k; None where there are none."""
+    if backend in ("auto", "cuda") and _has_cuda_step(k):
+        return DenseState
+    if backend in ("auto", "numba") and refusals(k.device)["numba"] is None:
+        return LazyState
     return None
 
 

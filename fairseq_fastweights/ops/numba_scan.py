@@ -232,6 +232,9 @@ def numba_scan(
     return NumbaScan.apply(q, k, v, write, erase, log_decay, state, need_state, chunk_size)
 
 
+NUMBA_MAPS = ("elu", "relu", "dpfp")  # as in numba_features
+
+
 class NumbaAddress(torch.autograd.Function):
     """Feature map and normalisation of ``numba_features``; saves its input alone."""
 
@@ -271,6 +274,6 @@ def numba_address(
     """scale normalize(phi(x)) for x (B, H, T, head_dim): (B, H, T, features), float32 at least."""
     from . import numba_features
 
-    code = 8 * numba_features.MAPS.index(map_name) + numba_features.NORMALIZATIONS.index(normalization)
+    code = 8 * NUMBA_MAPS.index(map_name) + numba_features.NORMALIZATIONS.index(normalization)
     settings = (code, scale, smallest)
     return NumbaAddress.apply(x, features, settings)

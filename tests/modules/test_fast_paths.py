@@ -82,3 +82,42 @@ def test_decoding_with_gradients_keeps_the_graph(kernels):
     attend(attention, sentences(2, 2), incremental_state=state)
     attend(attention, sentences(1, 2), incremental_state=state).sum().backward()
     assert "decode" not in kernels and attention.k_proj.weight.grad.abs().sum() > 0
+
+
+def names(cupy):
+    return [name for name, _, _ in cupy.launches]
+
+
+def sentences32(*shape):
+    return sentences(*shape).float()
+
+
+@pytest.mark.parametrize("site", ["causal", "bidirectional", "cross"])
+@pytest.mark.parametrize("feature_map", ["elu", "dpfp", "favor"])
+def test_cuda_kernels_map_and_scan(cupy, site, feature_map):
+    attention = build_attention(Case("delta", feature_map, False), site).float()
+    source = sentences32(5, 2, attention.kdim) if site == "cross" else None
+    attend(attention, sentences32(7, 2), source).sum().backward()
+    assert sorted(names(cupy)[:3]) == ["address_forward", "address_forward", "scan_forward"]
+    assert sorted(names(cupy)[3:]) == ["address_backward", "address_backward", "scan_backward"]
+
+
+def test_cuda_kernels_decode_and_reorder(cupy):
+    """One step kernel a token, which takes the reorder along."""
+    attention, state = build_attention(DELTA, "causal").float(), {}
+    order = torch.tensor([1, 1])
+    with torch.no_grad():
+        attend(attention, sentences32(3, 2), incremental_state=state)
+        for _ in range(3):
+            attention.reorder_incremental_state(state, order)
+            attend(attention, sentences32(1, 2), incremental_state=state)
+    assert names(cupy)[:3] == ["address_forward", "address_forward", "scan_forward"]
+    assert names(cupy)[3:] == ["address_forward", "address_forward", "step"] * 3
+
+
+def test_cuda_backend_runs_float64_in_torch(cupy):
+    attention, state = build_attention(DELTA, "causal", backend="cuda"), {}
+    with torch.no_grad():
+        attend(attention, sentences(1, 2), incremental_state=state)
+        attend(attention, sentences(1, 2), incremental_state=state)
+    assert not cupy.launches

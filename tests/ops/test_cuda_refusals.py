@@ -68,7 +68,9 @@ def test_broken_cupy(gpu):
     assert cuda.refusal(GPU) == "CuPy cannot be used: libcudart.so.13: cannot open"
 
 
-@pytest.mark.parametrize("version, package", [(12090, "nvidia-cuda-nvrtc-cu12"), (13020, "nvidia-cuda-nvrtc")])
+@pytest.mark.parametrize(
+    "version, package", [(12090, "nvidia-cuda-nvrtc-cu12"), (13020, "nvidia-cuda-nvrtc")]
+)
 def test_no_compiler(gpu, monkeypatch, version, package):
     def not_found():
         raise RuntimeError("libnvrtc.so.13")

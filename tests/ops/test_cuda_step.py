@@ -1,108 +1,39 @@
-"""The kernel of ``fast_weight_step`` in the CPU executor, against one float64 step of the reference."""
+"""The kernel of ``fast_weight_step``, launched by ops/cuda_step.py and run on the CPU, against a step in float64."""
 
-import functools
-import sys
-from pathlib import Path
+import contextlib
+from unittest import mock
 
-import numpy as np
+import cuda_executor
 import pytest
 import torch
+from cuda_stand_in import instead_of_gpu
 from operands import RULES, operands, relative_error, written_out
 
+from fairseq_fastweights.ops import cuda_step, fast_weight_step
+from fairseq_fastweights.ops.cuda import ceil_div
+from fairseq_fastweights.ops.cuda_step import MOST_HELD, MOST_THREADS, power_of_two, step_cut
 from fairseq_fastweights.ops.decode import step
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
-import cuda_executor  # noqa: E402
-
-NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ULP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # of 1: the largest relative distance of neighbours
 STATE, OUT_STATE = 28, 34  # numbers of arguments
-MOST_THREADS = 512
 # Float32 registers for the state and the keys of a thread, by its columns; more would spill.
-MOST_HELD = {4: 64, 1: 40}
 
 # ---- launching ----
 
 
-def ceil_div(a, b):
-    return -(-a // b)
-
-
-def power_of_two(n):
-    """The smallest power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def step_cut(dk, dv, aligned):
-    """(columns of the values, threads) a block: rows of 128 bytes, and few enough numbers a thread for registers."""
-    columns = min(32, power_of_two(dv))
-    while True:
-        width = 4 if aligned and dv % 4 == 0 and columns % 4 == 0 else 1
-        lanes = columns // width
-        threads = min(MOST_THREADS, max(32, power_of_two(lanes * ceil_div(dk, 16 // width))))
-        if ceil_div(dk, threads // lanes) * (width + 1) <= MOST_HELD[width] or columns == 1:
-            return columns, threads
-        columns //= 2
-
-
-def fits_four(x):
-    strides = [stride for stride, size in zip(x.stride()[:-1], x.shape) if size > 1]
-    return (
-        x.shape[-1] % 4 == 0
-        and all(s % 4 == 0 for s in strides)
-        and x.data_ptr() % (4 * x.element_size()) == 0
-    )
-
-
-def operand(x):
-    """Pointer and strides of sentences, heads and (unused) tokens; tensors have no axis of tokens here."""
-    if x is None:
-        return [None, np.int64(0), np.int64(0), np.int64(0)]
-    return [x, np.int64(x.stride(0)), np.int64(x.stride(1)), np.int64(0)]
-
-
-def step_launch(q, k, v, write, erase, log_decay, state, parent, out, out_state, cut=None):
-    """(defines, grid, block, shared bytes, arguments) of kernel ``step``; gates are float32."""
-    (batch, heads, dk), dv = k.shape, v.shape[-1]
-    aligned = all(map(fits_four, (v, out, state, out_state)))
-    columns, threads = cut or step_cut(dk, dv, aligned)
-    defines = {
-        "NUMBER": NUMBERS[v.dtype],
-        "ALIGNED": int(aligned),
-        "DK": dk,
-        "DV": dv,
-        "DVB": columns,
-        "THREADS": threads,
-    }
-    strength = erase if erase is not None and erase.dim() == 2 else None
-    keys = None if strength is not None else erase
-    arguments = [argument for x in (q, k, v, write, strength, keys, log_decay) for argument in operand(x)]
-    arguments += [state, parent, *operand(out), out_state, np.int32(heads), np.int64(state.shape[0])]
-    return defines, (batch * heads, ceil_div(dv, columns)), (threads,), 0, arguments
-
-
-@functools.cache
-def module(defines, check):
-    code = "\n".join(
-        f'#line 1 "{name}.cu"\n{(TESTS.parent / "cuda" / f"{name}.cu").read_text()}'
-        for name in ("common", "step")
-    )
-    return cuda_executor.RawModule(code, [f"-D{key}={value}" for key, value in defines], check=check)
-
-
-def run(inputs, state, parent=None, in_place=False, out=None, cut=None, check=True, order=0, seed=0):
+def run(inputs, state, parent=None, in_place=False, cut=None, check=True, order=0, seed=0):
     """(out, out_state, traffic if checked)"""
     batch, heads, dk = inputs["k"].shape
-    if out is None:
-        out = torch.full_like(inputs["v"], float("nan"), memory_format=torch.contiguous_format)
     new = state if in_place else state.new_full((batch, heads, *state.shape[2:]), float("nan"))
-    defines, grid, block, shared, arguments = step_launch(
-        **inputs, state=state, parent=parent, out=out, out_state=new, cut=cut
-    )
-    kernel = module(tuple(defines.items()), check).get_function("step")
-    kernel(grid, block, arguments, shared_mem=shared, order=order, seed=seed)
-    return out, new, kernel.last_traffic
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(instead_of_gpu())
+        launches = stack.enter_context(cuda_executor.running(check=check, order=order, seed=seed))
+        if cut is not None:
+            stack.enter_context(mock.patch.object(cuda_step, "step_cut", lambda *sizes: cut))
+        out, result = cuda_step.cuda_step(**inputs, state=state, parent=parent, out_state=new)
+    assert result is new
+    assert [launch.name for launch in launches] == ["step"]
+    return out, new, launches[0].traffic
 
 
 # ---- inputs ----
@@ -214,7 +145,7 @@ def test_parent_beyond_the_state_stops_the_launch(parent):
 
 @pytest.mark.parametrize("dk, dv", [(5, 3), (20, 12)])
 def test_strides(dk, dv):
-    """Operands as slices of longer rows, heads inside of sentences or around them; the output too."""
+    """Operands as slices of longer rows, heads inside of sentences or around them."""
     inputs, state = token(dk=dk, dv=dv, batch=3)
 
     def spread(x):
@@ -226,9 +157,7 @@ def test_strides(dk, dv):
         return wide
 
     strided = {name: spread(x) for name, x in inputs.items()}
-    out = spread(torch.zeros_like(inputs["v"]))
-    assert_equal_to_reference(strided, state, out=out)
-    assert torch.equal(out, run(inputs, state)[0])
+    assert torch.equal(run(strided, state)[0], run(inputs, state)[0])
 
 
 def test_rows_that_do_not_start_at_four_numbers():
@@ -280,3 +209,25 @@ def test_erase_keys_equal_strength_times_key():
     full = written_out({**inputs, "erase": inputs["erase"][:, :, None], "k": inputs["k"][:, :, None]})
     out_full, new_full, _ = run({**inputs, "erase": full["erase"][:, :, 0].contiguous()}, state)
     assert relative_error(out, out_full) <= 1e-6 and relative_error(new, new_full) <= 1e-6
+
+
+def test_public_function_takes_the_kernel(cupy):
+    """Half-precision gates, a state of other strides, an out_state that overlaps the state: as in PyTorch."""
+    inputs, state = token("delta", dk=20, dv=12, batch=3, rows=4)
+    inputs = {n: None if x is None else x.half() for n, x in inputs.items()}
+    parent = torch.tensor([2, 0, 3])
+    expected, expected_state = expected_step(inputs, state, parent)
+    for given, target in [(state, None), (state.mT.contiguous().mT, None), (state.clone(), "overlaps")]:
+        target = given[1:] if target else None
+        out, new = fast_weight_step(**inputs, state=given, parent=parent, out_state=target)
+        assert out.dtype == torch.float16
+        assert relative_error(out, expected) <= 1e-3 and relative_error(new, expected_state) <= 1e-5
+        assert target is None or new is target
+    assert [name for name, _, _ in cupy.launches] == ["step"] * 3
+
+
+def test_float64_runs_in_pytorch(cupy):
+    inputs, state = token(dtype=torch.float64)
+    inputs = {n: None if x is None else x.double() for n, x in inputs.items()}
+    fast_weight_step(**inputs, state=state.double())
+    assert not cupy.launches
