@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of the CUDA kernels, compiled for every architecture without a GPU.
 
-    python benchmarks/kernel_registers.py             # 2 minutes; needs pip install nvidia-cuda-nvrtc
+    python benchmarks/kernel_registers.py             # 3 minutes; needs pip install nvidia-cuda-nvrtc
     python benchmarks/kernel_registers.py --arch sm_90 --readme
 
 NVRTC, the compiler that CuPy uses, compiles each configuration that the architectures of this project use, as
@@ -8,8 +8,8 @@ ops/cuda_scan.py would ask for it on a GPU of that kind, and ptxas says what it 
 """
 
 import argparse
-import itertools
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Tuple
 
@@ -22,8 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests/cuda_on_cpu")]
 from nvrtc_compiler import compile_cuda  # noqa: E402
 
 from fairseq_fastweights.ops import cuda  # noqa: E402
+from fairseq_fastweights.ops.cuda_features import Address, address_cut, address_defines  # noqa: E402
 from fairseq_fastweights.ops.cuda_scan import defines_of, plan  # noqa: E402
-from fairseq_fastweights.ops.cuda_step import step_cut  # noqa: E402
+from fairseq_fastweights.ops.cuda_step import step_defines  # noqa: E402
 
 # architecture: KiB of shared memory a block may ask for
 ARCHITECTURES = {
@@ -40,12 +41,19 @@ SHAPES = {
     "wt103 small, DPFP-1": (32, 16, 256),
     "wt103 medium, DPFP-1": (64, 32, 384),
     "head 64, ELU": (64, 64, 256),
+    "head 64, ELU, with z": (64, 65, 256),  # the sum rule's normaliser is a column of the values
     "head 64, DPFP-3": (384, 64, 256),
     "head 64, DPFP-3, one chunk": (384, 64, 32),
-    "head 64, ELU, with z": (64, 65, 256),  # the sum rule's normaliser is a column of the values
     "head 128, ELU": (128, 128, 256),
 }
+IN_HALF_TOO = "head 64, ELU"
 RULES = {"sum": (0, False), "delta": (1, False), "gated-delta": (1, True)}  # ERASE, DECAY
+MAPS = {
+    "DPFP-1, width 16": (16, Address("dpfp", 32, "sum", 1.0, 0.0, nu=1)),
+    "DPFP-3, width 64": (64, Address("dpfp", 384, "sum", 1.0, 0.0, nu=3)),
+    "ELU, width 64": (64, Address("elu", 64, "sum", 1.0, 0.0)),
+    "FAVOR+ 64, width 64": (64, Address("favor", 128, "sum", 1.0, 0.0, directions=64)),
+}
 
 
 class Configuration(NamedTuple):
@@ -57,27 +65,42 @@ class Configuration(NamedTuple):
     shared: Dict[str, int]  # dynamic, by kernel
 
 
-def configurations(arch: str) -> Iterator[Configuration]:
-    """What a GPU of this architecture would be asked to compile: all shapes and rules, and half precision of some."""
+def scans(arch: str, shape: str) -> Iterator[Configuration]:
+    """All rules at one shape in float32, and the delta rule in bfloat16 at IN_HALF_TOO."""
+    dk, dv, tokens = SHAPES[shape]
     limits = cuda.Limits(ARCHITECTURES[arch] * 1024, 100)
-    for (name, (dk, dv, tokens)), (rule, (erase, decay)) in itertools.product(SHAPES.items(), RULES.items()):
-        for dtype in [torch.float32] if rule != "delta" else [torch.float32, torch.bfloat16]:
+    for rule, (erase, decay) in RULES.items():
+        for dtype in (torch.float32, torch.bfloat16)[: 2 if shape == IN_HALF_TOO and rule == "delta" else 1]:
             cut = plan(800, tokens, dk, dv, erase, decay, False, 0, limits)
             defines = defines_of(cut, dtype, dk, dv, erase, decay, erase > 0, int(dv % 4 == 0))
-            what = f"{name}, {rule}, {str(dtype).replace('torch.', '')}"
+            what = f"{shape}, {rule}, {str(dtype).replace('torch.', '')}"
             yield Configuration(what, "scan", tuple(sorted(defines.items())), cut.shared)
-    for name, (dk, dv, _) in SHAPES.items():
-        for is_aligned in (0, 1) if dv % 4 == 0 else (0,):
-            columns, threads = step_cut(dk, dv, is_aligned)
-            defines = {
-                "NUMBER": 0,
-                "ALIGNED": is_aligned,
-                "DK": dk,
-                "DV": dv,
-                "DVB": columns,
-                "THREADS": threads,
-            }
-            yield Configuration(f"{name}, aligned {is_aligned}", "step", tuple(sorted(defines.items())), {})
+
+
+def steps(shape: str) -> Iterator[Configuration]:
+    """Decoding in float32, rows aligned or not."""
+    dk, dv, _ = SHAPES[shape]
+    for is_aligned in (0, 1)[: 2 if dv % 4 == 0 else 1]:
+        defines = step_defines(torch.float32, dk, dv, is_aligned)
+        what = f"{shape}, {'' if is_aligned else 'not '}aligned"
+        yield Configuration(what, "step", tuple(sorted(defines.items())), {})
+
+
+def maps() -> Iterator[Configuration]:
+    """Feature maps of float32 and float16 projections."""
+    for name, (width, address) in MAPS.items():
+        for dtype in (torch.float32, torch.float16):
+            defines = address_defines(address, dtype, torch.float32, width, 1)
+            shared = address_cut(address.map_name, width, address.nu, address.directions, 1)[-1]
+            what = f"{name}, {str(dtype).replace('torch.', '')}"
+            kernels = dict.fromkeys(("address_forward", "address_backward"), shared)
+            yield Configuration(what, "feature_map", tuple(sorted(defines.items())), kernels)
+
+
+def configurations(arch: str) -> List[Configuration]:
+    """What a GPU of this architecture would be asked to compile."""
+    by_shape = [c for shape in SHAPES for c in (*scans(arch, shape), *steps(shape))]
+    return [*by_shape, *maps()]
 
 
 def compile_one(configuration: Configuration, arch: str) -> List[dict]:
@@ -123,12 +146,13 @@ def main() -> None:
     parser.add_argument("--json", default="kernel_registers.json")
     parser.add_argument("--readme", action="store_true", help="put the table into benchmarks/README.md")
     args = parser.parse_args()
+    jobs = [(c, arch) for arch in args.arch or ARCHITECTURES for c in configurations(arch)]
     rows = []
-    for arch in args.arch or ARCHITECTURES:
-        for n, configuration in enumerate(configurations(arch)):
-            rows += compile_one(configuration, arch)
-            print(f"\r{arch}: {n + 1} configurations", end="", flush=True, file=sys.stderr)
-        print(file=sys.stderr)
+    with ThreadPoolExecutor() as pool:  # NVRTC lets go of the interpreter
+        for n, found in enumerate(pool.map(lambda job: compile_one(*job), jobs)):
+            rows += found
+            print(f"\r{n + 1} of {len(jobs)} compiled", end="", flush=True, file=sys.stderr)
+    print(file=sys.stderr)
     lines = table(rows)
     print("\n".join(lines))
     write_json(args.json, rows)

@@ -3,7 +3,8 @@
     python benchmarks/kernel_traffic.py            # 1 minute; --readme puts the table into benchmarks/README.md
 
 The kernels run in the executor of tests/cuda_on_cpu, which counts every access to global memory, for one head; all
-heads do the same. The least possible is every input, output, saved tensor and gradient once. The roofline time is the
+heads do the same. (In the decoding step, whose threads read the same numbers of q and k together, a byte counts once a
+block.) The least possible is every input, output, saved tensor and gradient once. The roofline time is the
 longer of bytes over bandwidth and products over float32 throughput, for all heads, from the data sheets below.
 """
 
@@ -68,6 +69,11 @@ def operands(shape: Shape, heads: int) -> Dict[str, torch.Tensor]:
     return x
 
 
+def traffic(shape: Shape, limits: cuda.Limits) -> List[dict]:
+    """A row for each kernel of a shape."""
+    return (scan_traffic if shape.tokens else step_traffic)(shape, limits)
+
+
 def scan_traffic(shape: Shape, limits: cuda.Limits) -> List[dict]:
     """Bytes of forward and backward and the least possible, for all heads."""
     whole = cuda.Limits(
@@ -114,16 +120,19 @@ def step_traffic(shape: Shape, limits: cuda.Limits) -> List[dict]:
     return [row(launch.name, shape, launch.traffic, least, products, count) for launch in launches]
 
 
-def row(name: str, shape: Shape, traffic, least: int, products: float, counted: int = 1) -> dict:
+def row(name: str, shape: Shape, counted_bytes, least: int, products: float, counted: int = 1) -> dict:
     """One line of the table, for all heads of ``shape`` when ``counted`` of them ran."""
     times = shape.heads / counted
+    moved = counted_bytes.read_bytes + counted_bytes.written_bytes
+    if not shape.tokens:  # threads of a warp share the numbers of q and k that they read, in one transaction
+        moved = counted_bytes.read_per_block + counted_bytes.written_per_block
     return {
         "kernel": name,
-        "moved": (traffic.read_bytes + traffic.written_bytes) * times,
+        "moved": moved * times,
         "least": least * times,
         "products": products * shape.heads,
-        "shared accesses": traffic.shared_accesses * times,
-        "barriers": traffic.barriers / counted,
+        "shared accesses": counted_bytes.shared_accesses * times,
+        "barriers": counted_bytes.barriers / counted,
     }
 
 
@@ -142,7 +151,7 @@ def main() -> None:
     results = []
     for work, shape in SHAPES.items():
         limits = DEVICES["H100"].limits
-        for found in (scan_traffic if shape.tokens else step_traffic)(shape, limits):
+        for found in traffic(shape, limits):
             ratio, allowed = found["moved"] / found["least"], ALLOWED[found["kernel"]]
             times = [
                 f"{1e6 * found['moved'] / d.bandwidth:.1f}, {1e6 * 2 * found['products'] / d.float32:.1f}"

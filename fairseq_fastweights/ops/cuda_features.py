@@ -1,7 +1,7 @@
 """Feature map and key normalisation on the GPU, in one pass over the projections."""
 
 import functools
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 import torch
@@ -61,25 +61,31 @@ def fits(x: Tensor, address: Address) -> bool:
     return shared <= cuda.limits(x.device).shared
 
 
-def launch(name: str, address: Address, x: Tensor, tensors: Tuple[Tensor, ...], matrices: list) -> None:
-    """Run a kernel on x, ``tensors`` (the result or its gradient, then dx) and FAVOR+'s matrices."""
-    batch, heads, tokens, width = x.shape
-    is_aligned = cuda.aligned(x, *tensors)
-    threads, lanes, block_rows, shared = address_cut(
-        address.map_name, width, address.nu, address.directions, is_aligned
-    )
-    defines = {
-        "NUMBER": cuda.NUMBERS[x.dtype],
+def address_defines(
+    address: Address, dtype: torch.dtype, out_dtype: torch.dtype, width: int, is_aligned: int
+) -> Dict[str, int]:
+    """The macros of ``feature_map.cu``."""
+    threads, lanes, _, _ = address_cut(address.map_name, width, address.nu, address.directions, is_aligned)
+    return {
+        "NUMBER": cuda.NUMBERS[dtype],
         "ALIGNED": is_aligned,
-        "OUT_FLOAT": int(tensors[0].dtype == torch.float32),
+        "THREADS": threads,
+        "OUT_FLOAT": int(out_dtype == torch.float32),
         "MAP": MAPS.index(address.map_name),
         "NORMALIZATION": NORMALIZATIONS.index(address.normalization),
         "D": width,
         "NU": address.nu,
         "M": address.directions,
         "LANES": lanes,
-        "THREADS": threads,
     }
+
+
+def launch(name: str, address: Address, x: Tensor, tensors: Tuple[Tensor, ...], matrices: list) -> None:
+    """Run a kernel on x, ``tensors`` (the result or its gradient, then dx) and FAVOR+'s matrices."""
+    batch, heads, tokens, width = x.shape
+    is_aligned = cuda.aligned(x, *tensors)
+    defines = address_defines(address, x.dtype, tensors[0].dtype, width, is_aligned)
+    block_rows, shared = address_cut(address.map_name, width, address.nu, address.directions, is_aligned)[2:]
     arguments = [
         *cuda.operands(x, *tensors),
         *map(cuda.address, matrices),

@@ -14,7 +14,8 @@ from .chunked import chunked_scan
 from .cuda import ceil_div
 from .numba_scan import result_like, split_erase
 
-WIDEST_TILE = 64  # columns of keys or values that a block holds at once
+WIDEST_TILE = 64  # columns of keys that a block holds at once
+WIDEST_VALUES = 68  # of values: 64 and the sum rule's normaliser
 NARROWEST_BLOCK = 8  # columns of values, where shared memory is short
 
 
@@ -77,7 +78,7 @@ def plan(
     chunk = 16 if small or 0 < chunk_size < 32 else 32
     builds = keeps_state or tokens > chunk
     tile = tile_width(dk, WIDEST_TILE)
-    splits = ceil_div(dv, WIDEST_TILE)
+    splits = ceil_div(dv, WIDEST_VALUES)
     while tokens > 4 * chunk and heads * splits < limits.multiprocessors and dv > 16 * splits:
         splits *= 2
     in_memory = False
@@ -89,7 +90,7 @@ def plan(
         if columns > NARROWEST_BLOCK and builds and not in_memory:
             splits = ceil_div(dv, max(NARROWEST_BLOCK, columns // 2))
         elif builds and not in_memory:
-            splits, in_memory = ceil_div(dv, WIDEST_TILE), True
+            splits, in_memory = ceil_div(dv, WIDEST_VALUES), True
         elif chunk > 16:
             chunk = 16
         elif tile > 16:

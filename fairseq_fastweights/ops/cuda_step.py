@@ -1,6 +1,6 @@
 """``fast_weight_step`` on the GPU: one kernel that moves the state once, from its parent's row."""
 
-from typing import Optional, Tuple
+from typing import Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -35,6 +35,19 @@ def step_cut(dk: int, dv: int, is_aligned: int) -> Tuple[int, int]:
         columns //= 2
 
 
+def step_defines(dtype: torch.dtype, dk: int, dv: int, is_aligned: int) -> Dict[str, int]:
+    """The macros of ``step.cu``."""
+    columns, threads = step_cut(dk, dv, is_aligned)
+    return {
+        "NUMBER": cuda.NUMBERS[dtype],
+        "ALIGNED": is_aligned,
+        "THREADS": threads,
+        "DK": dk,
+        "DV": dv,
+        "DVB": columns,
+    }
+
+
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors without gaps share memory."""
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
@@ -67,15 +80,7 @@ def cuda_step(
     write, strength, log_decay = (cuda.gate(x) for x in (write, strength, log_decay))
     out = torch.empty(batch, heads, dv, dtype=dtype, device=k.device)
     is_aligned = cuda.aligned(values, out, state, target)
-    columns, threads = step_cut(dk, dv, is_aligned)
-    defines = {
-        "NUMBER": cuda.NUMBERS[dtype],
-        "ALIGNED": is_aligned,
-        "DK": dk,
-        "DV": dv,
-        "DVB": columns,
-        "THREADS": threads,
-    }
+    defines = step_defines(dtype, dk, dv, is_aligned)
     arguments = [
         *cuda.operands(q, k, values, write, strength, keys, log_decay),
         cuda.address(state),
@@ -85,7 +90,7 @@ def cuda_step(
         np.int32(heads),
         np.int64(state.shape[0]),
     ]
-    grid = (batch * heads, ceil_div(dv, columns))
+    grid = (batch * heads, ceil_div(dv, defines["DVB"]))
     cuda.launch("step", "step", defines, grid, 0, arguments, k.device)
     if out_state is not None and out_state is not target:
         target = out_state.copy_(target)
