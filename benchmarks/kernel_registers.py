@@ -72,7 +72,7 @@ def scans(arch: str, shape: str) -> Iterator[Configuration]:
     for rule, (erase, decay) in RULES.items():
         for dtype in (torch.float32, torch.bfloat16)[: 2 if shape == IN_HALF_TOO and rule == "delta" else 1]:
             cut = plan(800, tokens, dk, dv, erase, decay, False, 0, limits)
-            defines = defines_of(cut, dtype, dk, dv, erase, decay, erase > 0, int(dv % 4 == 0))
+            defines = defines_of(cut, dtype, dk, dv, erase, decay, erase > 0, decay, int(dv % 4 == 0))
             what = f"{shape}, {rule}, {str(dtype).replace('torch.', '')}"
             yield Configuration(what, "scan", tuple(sorted(defines.items())), cut.shared)
 

@@ -12,13 +12,14 @@
 //     dK = diag(g_C / g) R dS^T + dP^T Q + dA^T E            dS0 = g_C dS + Q^T diag(g) dO - E^T diag(g) dB
 //
 // Chunks that fit into one tile of dk are read once. A sequence of one chunk without initial and final state never
-// builds S. The backward goes from the end; without decay it takes S0 = S_C - K^T R from the final state, with
-// decay the forward has kept every S0.
+// builds S. The backward goes from the end, with the states that the forward kept or, where nothing decays, with
+// S0 = S_C - K^T R from the final one.
 //
 // Macros besides those of common.cu:
 //     CHUNK  tokens, 16 or 32       DK, DV  widths of keys and values       KT  columns of a tile of dk
 //     DVB    values' columns of a block       SPLITS  blocks of a head: ceil(DV / DVB)
 //     ERASE  0 nothing, 1 strength times key, 2 keys of their own           DECAY  0 or 1
+//     KEPT     1 if the forward keeps every S0, 0 if the backward finds them by S0 = S_C - K^T R
 //     INSERTS  1 if R is not V: there is ``w``, or something is erased
 //     STATE_IN_MEMORY  1 if S and dS are too large for shared memory
 // KT and DVB are multiples of 4.
@@ -468,8 +469,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_backward(
     OPERAND(const float, strength), OPERAND(const number, erase), OPERAND(const float, decay),
     const float* __restrict__ start,     // (B, H, DK, DV) or null
     OPERAND(const inserted_number, inserted),  // R
-    const float* __restrict__ end,       // the final state, where S is built and nothing decays
-    const float* __restrict__ kept,      // S0 of every chunk, where S is built and something decays
+    const float* __restrict__ end,       // the final state, if S is built and not KEPT
+    const float* __restrict__ kept,      // S0 of every chunk, if KEPT
     OPERAND(const number, d_out),        // null if nothing was read, or no gradient came
     const float* __restrict__ d_end,     // (B, H, DK, DV) or null
     OPERAND(partial, d_q), OPERAND(partial, d_k), OPERAND(number, d_v), OPERAND(float, d_w), OPERAND(float, d_strength),
@@ -512,7 +513,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_backward(
   };
 
   const long long state_at = (long long)blockIdx.x * DK * DV;
-  if (has_state && !DECAY) load_state(S, end + state_at, first);
+  if (has_state && !KEPT) load_state(S, end + state_at, first);
   if (builds) load_state(dS, d_end ? d_end + state_at : nullptr, first);
 
   for (int t = (tokens - 1) / CHUNK * CHUNK; t >= 0; t -= CHUNK) {
@@ -521,10 +522,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_backward(
     __syncthreads();  // the chunk before has been read
     load_gate(gate, w ? OF_HEAD(w) + t * w_token : nullptr, w_token, rows);
     if (ERASE == 1) load_gate(factor, OF_HEAD(strength) + t * strength_token, strength_token, rows);
-    if (DECAY) {
-      load_decay(l, OF_HEAD(decay) + t * decay_token, decay_token, rows);
-      if (carried) load_state(S, kept + (blockIdx.x * (long long)((tokens + CHUNK - 1) / CHUNK) + t / CHUNK) * DK * DV, first);
-    }
+    if (DECAY) load_decay(l, OF_HEAD(decay) + t * decay_token, decay_token, rows);
+    if (KEPT && carried) load_state(S, kept + (blockIdx.x * (long long)((tokens + CHUNK - 1) / CHUNK) + t / CHUNK) * DK * DV, first);
     load<DVB>(R, V_ROW, OF_HEAD(inserted) + t * inserted_token, inserted_token, first, DV, rows);
     if (reads) load<DVB>(dO, V_ROW, OF_HEAD(d_out) + t * d_out_token, d_out_token, first, DV, rows);
 
@@ -539,7 +538,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) scan_backward(
       if (reads) p.template add<PLAIN, TRANSPOSED, KT>(Q, K_ROW, K, K_ROW);
       if (ERASE) a.template add<PLAIN, TRANSPOSED, KT>(E, K_ROW, K, K_ROW);
       if (!empty) b.template add<PLAIN, PLAIN, KT>(K, K_ROW, dS + tile * KT * V_ROW, V_ROW);
-      if (carried && !DECAY) {
+      if (carried && !KEPT) {
         Product<KT, DVB, false> s;
         s.clear();
         s.template add<TRANSPOSED, PLAIN, CHUNK>(K, K_ROW, R, V_ROW);

@@ -44,7 +44,8 @@ def fast_weight_scan(
         v: (B, H, T, dv) values. dk and dv are independent; T may be 0.
         write: (B, H, T), None means 1.
         erase: (B, H, T, dk), or (B, H, T) for the erase keys erase_t k_t; None means 0 (nothing is erased).
-        log_decay: (B, H, T), finite and <= 0, None means 0 (nothing decays).
+        log_decay: (B, H, T), finite and <= 0, None means 0 (nothing decays). A token below about -100 forgets
+            everything; far below that, all backends but "reference" round what follows in its chunk (1e-4 at -1000).
         state: (B, H, dk, dv) to start from, None means zeros. Never modified.
         return_state: whether the final state is wanted. Without it, and without ``state``, a sequence of at
             most one chunk never builds a state.
@@ -97,7 +98,7 @@ def fast_weight_step(
     """
     _check_step(q, k, v, write, erase, log_decay, state, parent, out_state)
     with torch.no_grad(), no_autocast(v.device.type):
-        return dispatch.choose_step(k)(q, k, v, write, erase, log_decay, state, parent, out_state)
+        return dispatch.choose_step(k, v)(q, k, v, write, erase, log_decay, state, parent, out_state)
 
 
 def _check_step(q, k, v, write, erase, log_decay, state, parent, out_state) -> None:
@@ -108,6 +109,8 @@ def _check_step(q, k, v, write, erase, log_decay, state, parent, out_state) -> N
             raise FastWeightError(
                 f"parent must be int64 of shape ({k.shape[0]},), got {parent.dtype} {tuple(parent.shape)}"
             )
+        if parent.device != k.device:
+            raise FastWeightError(f"parent is on {parent.device} but k is on {k.device}: move one of them")
         source = state[:1].expand(k.shape[0], *state.shape[1:]) if state.dim() == 4 else state
         check_operands(q, k, v, None, None, None, source, tokens=False)
     elif out_state is not None:

@@ -126,6 +126,16 @@ def operands(*tensors: Optional[Tensor]) -> list:
     return [argument for x in tensors for argument in operand(x)]
 
 
+class CudaStream:
+    """A stream of torch as CuPy takes it: torch's own has this protocol from 2.10 on only."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __cuda_stream__(self) -> Tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
 def launch(
     family: str,
     name: str,
@@ -139,7 +149,7 @@ def launch(
     import cupy
 
     stream = torch.cuda.current_stream(device)
-    with cupy.cuda.Device(stream.device.index), cupy.cuda.Stream.from_external(stream):
+    with cupy.cuda.Device(stream.device.index), cupy.cuda.Stream.from_external(CudaStream(stream)):
         function = kernel(family, name, tuple(sorted(defines.items())), device)
         if shared > SHARED_WITHOUT_ASKING:
             function.max_dynamic_shared_size_bytes = shared

@@ -108,6 +108,8 @@ class CudaAddress(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, projection, address):
         ctx.address = address
+        # a model in half precision has a projection in half precision too
+        projection = None if projection is None else projection.float().contiguous()
         ctx.save_for_backward(x, projection)
         x = cuda.rows(x, x.dtype)
         if address.features == x.shape[-1]:

@@ -14,6 +14,9 @@ from .chunked import chunked_scan
 from .cuda import ceil_div
 from .numba_scan import result_like, split_erase
 
+LONG = (
+    1024  # tokens from which S0 of every chunk is kept: S_C - K^T R would lose digits of early, small states
+)
 WIDEST_TILE = 64  # columns of keys that a block holds at once
 WIDEST_VALUES = 68  # of values: 64 and the sum rule's normaliser
 NARROWEST_BLOCK = 8  # columns of values, where shared memory is short
@@ -76,13 +79,13 @@ def plan(
     """
     small = max(dk, dv) <= 32 or tokens <= 16
     chunk = 16 if small or 0 < chunk_size < 32 else 32
-    builds = keeps_state or tokens > chunk
     tile = tile_width(dk, WIDEST_TILE)
     splits = ceil_div(dv, WIDEST_VALUES)
     while tokens > 4 * chunk and heads * splits < limits.multiprocessors and dv > 16 * splits:
         splits *= 2
     in_memory = False
     while True:
+        builds = keeps_state or tokens > chunk
         columns = tile_width(dv, ceil_div(dv, splits))
         shared = shared_bytes(chunk, tile, columns, dk, erase, decay, int(builds and not in_memory))
         if max(shared.values()) <= limits.shared:
@@ -116,8 +119,16 @@ def common_dtype(q, k, v, erase) -> torch.dtype:
 
 
 def defines_of(
-    cut: Plan, dtype: torch.dtype, dk: int, dv: int, erase: int, decay: bool, inserts: bool, is_aligned: int
-) -> Dict:
+    cut: Plan,
+    dtype: torch.dtype,
+    dk: int,
+    dv: int,
+    erase: int,
+    decay: bool,
+    inserts: bool,
+    kept: bool,
+    is_aligned: int,
+) -> Dict[str, int]:
     return {
         "NUMBER": cuda.NUMBERS[dtype],
         "ALIGNED": is_aligned,
@@ -131,12 +142,13 @@ def defines_of(
         "ERASE": erase,
         "DECAY": int(decay),
         "INSERTS": int(inserts),
+        "KEPT": int(kept),
         "STATE_IN_MEMORY": int(cut.state_in_memory),
     }
 
 
 class CudaScan(torch.autograd.Function):
-    """Saves the inputs, the inserted values R, and the final state or, with decay, the state before every chunk."""
+    """Saves the inputs, R, and the final state or, with decay or many tokens, the state before every chunk."""
 
     @staticmethod
     def forward(ctx, q, k, v, write, erase, log_decay, state, need_state, chunk_size):
@@ -156,9 +168,10 @@ class CudaScan(torch.autograd.Function):
         if trains and inserts:
             inserted = result_like(inputs[2], torch.float32)
         end = kept = workspace = None
-        if need_state or (trains and builds and not decays):
+        keeps_starts = trains and builds and (decays or tokens >= LONG)
+        if need_state or (trains and builds and not keeps_starts):
             end = torch.empty(batch, heads, dk, dv, **f32)
-        if trains and builds and decays:
+        if keeps_starts:
             kept = torch.empty(batch, heads, ceil_div(tokens, cut.chunk), dk, dv, **f32)
         if cut.state_in_memory:
             workspace = torch.empty(batch * heads, cut.splits, cut.state_rows(dk), cut.columns + 4, **f32)
@@ -167,7 +180,7 @@ class CudaScan(torch.autograd.Function):
         cuda.launch(
             "scan",
             "scan_forward",
-            defines_of(cut, dtype, dk, dv, kind, decays, inserts, cuda.aligned(*wide)),
+            defines_of(cut, dtype, dk, dv, kind, decays, inserts, keeps_starts, cuda.aligned(*wide)),
             (batch * heads, cut.splits),
             cut.shared["scan_forward"],
             [
@@ -217,9 +230,11 @@ class CudaScan(torch.autograd.Function):
         workspace = None
         if cut.state_in_memory:
             workspace = torch.empty(2 * batch * heads, cut.splits, cut.state_rows(dk), cut.columns + 4, **f32)
-        tensors = [*inputs, *results, *written, state, inserted, end, kept, d_out, d_end, d_state]
+        parts = (written[0], written[1], written[5])  # those of gates are read number by number
+        tensors = [*inputs, *results, *parts, state, inserted, end, kept, d_out, d_end, d_state]
         is_aligned = cuda.aligned(*(x for x in tensors if x is not None and x.dim() >= 4))
-        defines = defines_of(cut, dtype, dk, dv, kind, decays, bool(kind) or write is not None, is_aligned)
+        inserts = bool(kind) or write is not None
+        defines = defines_of(cut, dtype, dk, dv, kind, decays, inserts, kept is not None, is_aligned)
         rows = batch * heads * tokens
         cuda.launch(
             "scan",

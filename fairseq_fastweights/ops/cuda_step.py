@@ -8,7 +8,6 @@ from torch import Tensor
 
 from . import cuda
 from .cuda import ceil_div
-from .cuda_scan import common_dtype
 
 MOST_THREADS = 512
 WIDEST_BLOCK = 32  # columns of the values: rows of 128 bytes
@@ -69,13 +68,15 @@ def cuda_step(
     The state is copied where it must be read or written in another order than (B, H, dk, dv) without gaps.
     """
     (batch, heads, dk), dv = k.shape, v.shape[-1]
-    dtype = common_dtype(q, k, v, erase)
     state = state.contiguous()
+    parent = None if parent is None else parent.contiguous()
     target = out_state
-    if target is None or not target.is_contiguous() or (parent is not None and overlap(target, state)):
+    in_place = parent is None and target is not None and target.data_ptr() == state.data_ptr()
+    if target is None or not target.is_contiguous() or (overlap(target, state) and not in_place):
         target = torch.empty(batch, heads, dk, dv, dtype=torch.float32, device=k.device)
     along_key = erase is not None and erase.dim() == 2
     strength, keys = (erase, None) if along_key else (None, erase)
+    dtype = v.dtype if all(x is None or x.dtype == v.dtype for x in (q, k, keys)) else torch.float32
     q, k, values, keys = (cuda.rows(x, dtype) for x in (q, k, v, keys))
     write, strength, log_decay = (cuda.gate(x) for x in (write, strength, log_decay))
     out = torch.empty(batch, heads, dv, dtype=dtype, device=k.device)

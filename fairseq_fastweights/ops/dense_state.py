@@ -58,4 +58,5 @@ class DenseState:
 
     def reorder(self, order: Tensor) -> None:
         """Row i continues from row order[i]; rows may repeat or vanish."""
+        order = order.to(torch.int64)
         self.parent = order if self.parent is None else self.parent.index_select(0, order)

@@ -47,9 +47,9 @@ def choose(backend: str, device: torch.device) -> Callable:
     return SCANS[backend]
 
 
-def choose_step(k: torch.Tensor) -> Callable:
-    """The function behind ``fast_weight_step`` for keys k."""
-    return cuda_step if _has_cuda_step(k) else step
+def choose_step(k: torch.Tensor, v: torch.Tensor) -> Callable:
+    """The function behind ``fast_weight_step`` for keys and values."""
+    return cuda_step if v.numel() > 0 and _has_cuda_step(k) else step
 
 
 def _has_cuda_step(k: torch.Tensor) -> bool:

@@ -124,7 +124,7 @@ def result_like(x: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
     if x is None:
         return None
     result = torch.empty_like(x, dtype=dtype)
-    return result if x.dim() == 3 or result.stride(-1) == 1 else torch.empty(x.shape, dtype=dtype)
+    return result if x.dim() == 3 or result.stride(-1) == 1 else x.new_empty(x.shape, dtype=dtype)
 
 
 def split_erase(q, k, v, write, erase, log_decay, state) -> list:

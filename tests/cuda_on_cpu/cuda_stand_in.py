@@ -13,6 +13,7 @@ import torch
 
 from fairseq_fastweights.ops import cuda
 
+STREAM = 4711  # the handle of torch's current stream
 LIMITS = cuda.Limits(shared=99 * 1024, multiprocessors=2)
 
 
@@ -35,6 +36,8 @@ class StandIn:
         yield
 
     def _stream(self, stream):
+        if stream.__cuda_stream__() != (0, STREAM):  # the protocol that CuPy wants
+            raise TypeError(f"not torch's stream: {stream}")
         return contextlib.nullcontext(stream)
 
 
@@ -57,7 +60,7 @@ class Noted:
 
 def stream_of(device: torch.device):
     """What torch.cuda.current_stream says, for a CPU tensor as of the first GPU."""
-    return types.SimpleNamespace(device=torch.device("cuda", device.index or 0))
+    return types.SimpleNamespace(device=torch.device("cuda", device.index or 0), cuda_stream=STREAM)
 
 
 @contextlib.contextmanager

@@ -319,7 +319,7 @@ def test_traffic(name, normalization, dtype, out_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_modules_take_the_kernels(cupy, name, dtype):
     """``feature_maps.address`` and its gradient, on projections as the attention module has them."""
-    feature_map = the_map(name, 8)
+    feature_map = the_map(name, 8).to(dtype)  # FAVOR+'s projection too, in a model of half precision
     x = random(5, 2, 24, dtype=dtype).view(5, 2, 3, 8).permute(1, 2, 0, 3).requires_grad_()
     normalization = "l2" if feature_map.signed else "sum"
     out = address(feature_map, x, normalization, 1.5)

@@ -3,6 +3,8 @@
 All in check mode: races, bounds, memory nobody wrote, misaligned vectors and wrong barriers raise KernelFault.
 """
 
+import itertools
+
 import cuda_executor
 import pytest
 import torch
@@ -193,3 +195,90 @@ def test_every_plan_fits(dk, dv, shared):
         assert max(cut.shared.values()) <= shared * 1024
         assert cut.columns * cut.splits >= dv and cut.columns % 4 == 0 and cut.tile % 4 == 0
         assert cut.columns * (cut.splits - 1) < dv
+
+
+@pytest.mark.parametrize("rule", ["sum", "gated-delta"])
+def test_one_chunk_from_a_state_that_is_not_returned(cupy, rule):
+    x = operands(rule, tokens=5, dk=8, dv=8, state=True, dtype=torch.float32)
+    assert_equals_reference(x, 1e-5, backend="cuda", return_state=False)
+
+
+def test_half_precision_of_a_write_gate_alone(cupy):
+    x = operands("gated-sum-peng", tokens=20, dk=8, dv=8, dtype=torch.float16)
+    assert_equals_reference(x, 1.1 * torch.finfo(torch.float16).eps, backend="cuda")
+
+
+def test_gradient_of_a_start_state_of_many_numbers(cupy):
+    x = operands("sum", tokens=20, dk=72, dv=40, batch=1, heads=1, state=True, dtype=torch.float32)
+    assert_equals_reference(x, 1e-5, backend="cuda")
+
+
+def shifted(x):
+    """The same numbers, four bytes from where a float4 may start."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize("moved", ["state", "q", "d_out", "d_state"])
+def test_memory_that_does_not_start_at_four_numbers(cupy, moved):
+    x = operands("delta", tokens=18, dk=8, dv=8, batch=1, state=True, along_key=True, dtype=torch.float32)
+    g = torch.Generator().manual_seed(1)
+    x["d_out"], x["d_state"] = (
+        torch.randn(x["v"].shape, generator=g),
+        torch.randn(x["state"].shape, generator=g),
+    )
+    x[moved] = shifted(x[moved])
+    results = []
+    for dtype, backend in ((torch.float32, "cuda"), (torch.float64, "reference")):
+        given = {n: y if y is None or y.dtype == dtype else y.to(dtype) for n, y in x.items()}
+        gradients = given.pop("d_out"), given.pop("d_state")
+        wanted = [y.detach().requires_grad_() for y in given.values() if y is not None]
+        out, state = fast_weight_scan(
+            **dict(zip([n for n in given if given[n] is not None], wanted)), backend=backend
+        )
+        results.append([out, state, *torch.autograd.grad((out, state), wanted, gradients)])
+    assert all(relative_error(a, b) <= 1e-5 for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("rule, along_key", [("delta", True), ("gated-delta", False)])
+def test_states_in_memory_of_many_blocks(cupy, monkeypatch, rule, along_key):
+    monkeypatch.setattr(cuda, "limits", lambda device: LIMITS._replace(shared=24 * 1024))
+    monkeypatch.setattr(cuda_scan, "WIDEST_VALUES", 8)
+    cuda_scan.plan.cache_clear()
+    x = operands(rule, tokens=20, dk=384, dv=12, batch=1, along_key=along_key, dtype=torch.float32)
+    assert_equals_reference(x, 1e-5, backend="cuda")
+    cuda_scan.plan.cache_clear()
+    assert all("-DSTATE_IN_MEMORY=1" in o and "-DSPLITS=2" in o for _, o, _ in cupy.launches)
+
+
+def test_aligned_rows_that_end_within_a_tile_and_a_block(cupy, monkeypatch):
+    monkeypatch.setattr(cuda, "limits", lambda device: LIMITS._replace(multiprocessors=8))
+    x = operands(
+        "gated-delta", 1, 1, tokens=70, dk=68, dv=40, state=True, along_key=True, dtype=torch.float32
+    )
+    assert_equals_reference(x, 2e-5, backend="cuda", chunk_size=16)
+    assert all("-DALIGNED=1" in options for _, options, _ in cupy.launches)
+
+
+@pytest.mark.parametrize("shared", [48, 64, 99, 227])
+@pytest.mark.parametrize("tokens", [16, 17, 32, 33])
+@pytest.mark.parametrize("dk, dv", [(64, 64), (128, 68), (256, 256)])
+def test_every_plan_holds_a_state_where_the_kernels_build_one(dk, dv, tokens, shared):
+    for erase, decay, keeps in itertools.product((0, 1, 2), (False, True), (False, True)):
+        cut = cuda_scan.plan(8, tokens, dk, dv, erase, decay, keeps, 0, cuda.Limits(shared * 1024, 132))
+        states = int((keeps or tokens > cut.chunk) and not cut.state_in_memory)
+        sizes = (cut.chunk, cut.tile, cut.columns, dk, erase, decay, states)
+        assert cut.shared == cuda_scan.shared_bytes(*sizes)
+
+
+def test_early_gradients_of_a_long_sum_keep_their_digits(cupy):
+    """A sum grows with the text, so the small states of its beginning are kept and not found by subtraction."""
+    g = torch.Generator().manual_seed(0)
+    x = {n: torch.rand(1, 1, 2048, 4, generator=g) for n in ("q", "k", "v")}
+    dq = {}
+    with cuda_executor.running(check=False):
+        for backend in ("cuda", "reference"):
+            wide = {n: y.double() if backend == "reference" else y for n, y in x.items()}
+            q = wide["q"].requires_grad_()
+            out, _ = fast_weight_scan(**wide, return_state=False, backend=backend)
+            (dq[backend],) = torch.autograd.grad(out.sum(), q)
+    assert relative_error(dq["cuda"][:, :, :64], dq["reference"][:, :, :64]) <= 1e-6

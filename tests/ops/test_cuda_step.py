@@ -215,7 +215,7 @@ def test_public_function_takes_the_kernel(cupy):
     """Half-precision gates, a state of other strides, an out_state that overlaps the state: as in PyTorch."""
     inputs, state = token("delta", dk=20, dv=12, batch=3, rows=4)
     inputs = {n: None if x is None else x.half() for n, x in inputs.items()}
-    parent = torch.tensor([2, 0, 3])
+    parent = torch.tensor([2, 9, 1, 9, 1])[::2]  # with gaps, and reading a row that was written before
     expected, expected_state = expected_step(inputs, state, parent)
     for given, target in [(state, None), (state.mT.contiguous().mT, None), (state.clone(), "overlaps")]:
         target = given[1:] if target else None
@@ -231,3 +231,26 @@ def test_float64_runs_in_pytorch(cupy):
     inputs = {n: None if x is None else x.double() for n, x in inputs.items()}
     fast_weight_step(**inputs, state=state.double())
     assert not cupy.launches
+
+
+def test_erase_keys_and_strengths_in_float32_beside_half_precision(cupy):
+    for along_key in (False, True):
+        inputs, state = token("delta", dk=20, dv=12, dtype=torch.float16, along_key=along_key)
+        inputs["erase"] = inputs["erase"].float() * 1.0001
+        expected, expected_state = expected_step(inputs, state)
+        _, new = fast_weight_step(**inputs, state=state)
+        assert relative_error(new, expected_state) <= 1e-6
+    assert ["-DNUMBER=0" in o for _, o, _ in cupy.launches] == [True, False]
+
+
+def test_parent_on_another_device_is_refused(cupy):
+    inputs, state = token()
+    with pytest.raises(ValueError, match="parent is on meta but k is on cpu"):
+        fast_weight_step(**inputs, state=state, parent=torch.zeros(2, dtype=torch.int64, device="meta"))
+
+
+def test_no_values(cupy):
+    inputs, state = token()
+    inputs["v"] = inputs["v"][..., :0]
+    out, new = fast_weight_step(**inputs, state=state[..., :0])
+    assert out.shape[-1] == new.shape[-1] == 0 and not cupy.launches
