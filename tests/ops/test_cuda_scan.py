@@ -273,7 +273,7 @@ def test_every_plan_holds_a_state_where_the_kernels_build_one(dk, dv, tokens, sh
 def test_early_gradients_of_a_long_sum_keep_their_digits(cupy):
     """A sum grows with the text, so the small states of its beginning are kept and not found by subtraction."""
     g = torch.Generator().manual_seed(0)
-    x = {n: torch.rand(1, 1, 2048, 4, generator=g) for n in ("q", "k", "v")}
+    x = {n: torch.rand(1, 1, 6144, 4, generator=g) for n in ("q", "k", "v")}
     dq = {}
     with cuda_executor.running(check=False):
         for backend in ("cuda", "reference"):
@@ -281,4 +281,4 @@ def test_early_gradients_of_a_long_sum_keep_their_digits(cupy):
             q = wide["q"].requires_grad_()
             out, _ = fast_weight_scan(**wide, return_state=False, backend=backend)
             (dq[backend],) = torch.autograd.grad(out.sum(), q)
-    assert relative_error(dq["cuda"][:, :, :64], dq["reference"][:, :, :64]) <= 1e-6
+    assert relative_error(dq["cuda"][:, :, :64], dq["reference"][:, :, :64]) <= 5e-7
