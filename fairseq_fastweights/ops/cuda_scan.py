@@ -14,9 +14,8 @@ from .chunked import chunked_scan
 from .cuda import ceil_div
 from .numba_scan import result_like, split_erase
 
-LONG = (
-    1024  # tokens from which S0 of every chunk is kept: S_C - K^T R would lose digits of early, small states
-)
+# tokens from which S0 of every chunk is kept: S_C - K^T R would lose digits of early, small states
+LONG = 1024
 WIDEST_TILE = 64  # columns of keys that a block holds at once
 WIDEST_VALUES = 68  # of values: 64 and the sum rule's normaliser
 NARROWEST_BLOCK = 8  # columns of values, where shared memory is short
