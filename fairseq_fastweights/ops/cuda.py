@@ -28,11 +28,13 @@ def refusal(device: torch.device) -> Optional[str]:
     """Why the CUDA kernels cannot run on tensors of ``device``, or None."""
     if device.type != "cuda":
         return f"the tensors are on {device.type}, not on a CUDA device"
-    return _refusal_of_cuda(device.index if device.index is not None else torch.cuda.current_device())
+    return _refusal_of_cuda(device.index)
 
 
 @functools.lru_cache(None)
-def _refusal_of_cuda(index: int) -> Optional[str]:
+def _refusal_of_cuda(index: Optional[int]) -> Optional[str]:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     major = (torch.version.cuda or "0").split(".")[0]
     if major == "0":
         return "this build of torch drives another kind of GPU than CUDA's"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_stand_in import STREAM
 
 from fairseq_fastweights.ops import cuda
 
@@ -118,6 +119,7 @@ class FakeStream(contextlib.nullcontext):
     """Streams, graphs and their contexts, on which nothing happens."""
 
     device = torch.device("cuda", 0)
+    cuda_stream = STREAM
 
     def __init__(self, *_):
         super().__init__()

@@ -19,6 +19,7 @@ def gpu(monkeypatch):
     cuda._refusal_of_cuda.cache_clear()
     runtime = types.SimpleNamespace(runtimeGetVersion=lambda: 13020, getVersion=lambda: (13, 5))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setitem(
@@ -36,6 +37,11 @@ def test_nothing_speaks_against_it(gpu):
 
 def test_tensors_elsewhere():
     assert cuda.refusal(torch.device("cpu")) == "the tensors are on cpu, not on a CUDA device"
+
+
+def test_no_device(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cuda.refusal(torch.device("cuda")) == "torch finds no CUDA device"
 
 
 def test_torch_without_cuda(gpu, monkeypatch):
