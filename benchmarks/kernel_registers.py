@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of the CUDA kernels, compiled for every architecture without a GPU.
 
-    python benchmarks/kernel_registers.py             # 3 minutes; needs pip install nvidia-cuda-nvrtc
+    python benchmarks/kernel_registers.py             # 6 minutes; needs pip install nvidia-cuda-nvrtc
     python benchmarks/kernel_registers.py --arch sm_90 --readme
 
 NVRTC, the compiler that CuPy uses, compiles each configuration that the architectures of this project use, as
@@ -157,7 +157,8 @@ def main() -> None:
     print("\n".join(lines))
     write_json(args.json, rows)
     if args.readme:
-        write_section("registers", "python benchmarks/kernel_registers.py --readme", "\n".join(lines))
+        asked = "".join(f" --arch {arch}" for arch in args.arch or ())
+        write_section("registers", f"python benchmarks/kernel_registers.py{asked} --readme", "\n".join(lines))
 
 
 if __name__ == "__main__":
