@@ -136,15 +136,18 @@ def test_gradients_that_nobody_wants(cupy, missing):
 def test_only_the_state_or_only_the_output_is_used(cupy):
     for use in (0, 1):
         grads = {}
-        for backend in ("cuda", "chunked"):
+        for backend in ("cuda", "reference"):
             x = operands("gated-delta", tokens=20, dk=8, dv=8, state=True, dtype=torch.float32)
+            if backend == "reference":
+                x = {n: y.double() for n, y in x.items()}
             given = [y.requires_grad_() for y in x.values()]
             result = fast_weight_scan(**x, backend=backend)[use]
             grads[backend] = torch.autograd.grad(result.square().sum(), given, allow_unused=True)
-        for ours, expected in zip(grads["cuda"], grads["chunked"]):
-            expected = torch.zeros(()) if expected is None else expected
-            ours = torch.zeros_like(expected) if ours is None else ours
-            assert relative_error(ours, expected) <= 2e-5
+        for ours, expected in zip(grads["cuda"], grads["reference"]):
+            if ours is None or expected is None:  # nothing, or zeros
+                assert all(x is None or not x.any() for x in (ours, expected))
+                continue
+            assert relative_error(ours, expected) <= 1e-5
 
 
 def test_write_without_reading(cupy):
@@ -255,7 +258,7 @@ def test_aligned_rows_that_end_within_a_tile_and_a_block(cupy, monkeypatch):
     x = operands(
         "gated-delta", 1, 1, tokens=70, dk=68, dv=40, state=True, along_key=True, dtype=torch.float32
     )
-    assert_equals_reference(x, 2e-5, backend="cuda", chunk_size=16)
+    assert_equals_reference(x, 1e-5, backend="cuda", chunk_size=16)
     assert all("-DALIGNED=1" in options for _, options, _ in cupy.launches)
 
 
