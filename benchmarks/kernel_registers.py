@@ -1,13 +1,14 @@
 """Registers, shared memory and spills of the CUDA kernels, compiled for every architecture without a GPU.
 
-    python benchmarks/kernel_registers.py             # 6 minutes; needs pip install nvidia-cuda-nvrtc
-    python benchmarks/kernel_registers.py --arch sm_90 --readme
+    python benchmarks/kernel_registers.py --readme    # 6 minutes; needs pip install nvidia-cuda-nvrtc
+    python benchmarks/kernel_registers.py --arch sm_90
 
 NVRTC, the compiler that CuPy uses, compiles each configuration that the architectures of this project use, as
 ops/cuda_scan.py would ask for it on a GPU of that kind, and ptxas says what it needs.
 """
 
 import argparse
+import hashlib
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,6 +104,13 @@ def configurations(arch: str) -> List[Configuration]:
     return [*by_shape, *maps()]
 
 
+def fingerprint() -> str:
+    """Of all sources and configurations: a table with another one is out of date."""
+    asked = [cuda.source(family) for family in ("scan", "step", "feature_map")]
+    asked += [repr((arch, configurations(arch))) for arch in ARCHITECTURES]
+    return hashlib.sha256("\n".join(asked).encode()).hexdigest()[:12]
+
+
 def compile_one(configuration: Configuration, arch: str) -> List[dict]:
     """A row for each kernel."""
     options = [f"-D{key}={value}" for key, value in configuration.defines]
@@ -126,6 +134,8 @@ def table(rows: List[dict]) -> List[str]:
     """Markdown: a line for each kernel and configuration, registers by architecture."""
     archs = list(dict.fromkeys(row["arch"] for row in rows))
     lines = [
+        f"Of the sources and configurations `{fingerprint()}`.",
+        "",
         "| kernel | configuration | threads | shared, KiB | registers on " + ", ".join(archs) + " | spilled |"
     ]
     lines.append("|---" * 6 + "|")

@@ -283,6 +283,15 @@ def test_strong_decay_is_exact(backend):
     assert_equals_reference(inputs, 1e-10, backend=backend, chunk_size=16)
 
 
+@pytest.mark.parametrize("log_decay, tolerance", [(-100.0, 3e-5), (-1000.0, 3e-4)])
+@pytest.mark.parametrize("backend", FAST)
+def test_tokens_that_forget_everything(backend, log_decay, tolerance):
+    """In float32 the sums of logs round what follows in the chunk: by as much as the docstring says."""
+    inputs = operands("gated-delta", tokens=64, dk=16, dv=16, dtype=torch.float32)
+    inputs["log_decay"][:, :, (5, 20)] = log_decay
+    assert_equals_reference(inputs, tolerance, backend=backend, chunk_size=32)
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_padding_steps_are_identity_steps(backend):
     """k = e = 0, log_decay = 0 in between changes no other output and not the state."""
