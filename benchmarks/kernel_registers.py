@@ -136,7 +136,9 @@ def table(rows: List[dict]) -> List[str]:
     lines = [
         f"Of the sources and configurations `{fingerprint()}`.",
         "",
-        "| kernel | configuration | threads | shared, KiB | registers on " + ", ".join(archs) + " | spilled |"
+        "| kernel | configuration | threads | shared, KiB | registers on "
+        + ", ".join(archs)
+        + " | spilled |",
     ]
     lines.append("|---" * 6 + "|")
     for key in dict.fromkeys((row["kernel"], row["configuration"]) for row in rows):

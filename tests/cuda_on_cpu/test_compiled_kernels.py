@@ -39,7 +39,9 @@ def test_feature_maps(arch):
 def test_the_committed_table_has_all_of_these_kernels():
     """Every configuration on every architecture, compiled by benchmarks/kernel_registers.py since the last change."""
     readme = (Path(kernels.ROOT) / "benchmarks/README.md").read_text()
-    assert f"`{kernels.fingerprint()}`" in readme, "run: python benchmarks/kernel_registers.py --readme (6 minutes)"
+    assert f"`{kernels.fingerprint()}`" in readme, (
+        "run: python benchmarks/kernel_registers.py --readme (6 minutes)"
+    )
     section = readme.partition("<!-- registers -->")[2].partition("<!-- /registers -->")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
     expected = {c.what for c in kernels.configurations("sm_90")}
