@@ -16,4 +16,4 @@ if find_spec("fairseq") is not None:
     from . import compat
 
     compat.apply()  # first: a checkpoint may be read as soon as the models are known
-    from . import models, tasks  # noqa: F401
+    from . import criterions, models, optim, tasks  # noqa: F401

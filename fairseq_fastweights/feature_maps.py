@@ -261,6 +261,12 @@ def build_feature_map(name: str, head_dim: int, **options) -> FeatureMap:
         raise FastWeightError(f"feature map {name} does not take these options: {error}") from None
 
 
+def options_of(name: str, named: Dict[str, object]) -> Dict[str, object]:
+    """The options of map ``name`` among those named MAP_OPTION, as the flags are: dpfp_nu is dpfp's nu."""
+    prefix = f"{name}_"
+    return {key[len(prefix) :]: value for key, value in named.items() if key.startswith(prefix)}
+
+
 NORMALIZATIONS = ("sum", "l2", "none")
 SMALLEST_ROW = 1e-19  # sqrt of the smallest float32: the gradient of x / |x| would overflow below
 

@@ -16,6 +16,7 @@ from ..feature_maps import (
     build_feature_map,
     exact_matmul,
     normalize,
+    options_of,
 )
 from ..ops import fast_weight_scan
 from ..ops.checks import check_chunk_size
@@ -113,9 +114,9 @@ class FastWeightAttention(nn.Module):
         self.q_proj = projection(embed_dim)
         self.out_proj = projection(embed_dim)
 
-        prefix = f"{feature_map}_"
-        options = {n[len(prefix) :]: x for n, x in map_options.items() if n.startswith(prefix)}
-        self.feature_map = build_feature_map(feature_map, self.head_dim, **options)
+        self.feature_map = build_feature_map(
+            feature_map, self.head_dim, **options_of(feature_map, map_options)
+        )
         self.key_normalization, self.normalized = choose_normalization(
             update_rule, self.feature_map, key_normalization, attention_normalization
         )

@@ -1,1 +1,3 @@
-"""fairseq tasks of this plugin; none yet."""
+"""Registers the synthetic tasks with fairseq."""
+
+from . import associative_retrieval, multi_query_recall, state_tracking  # noqa: F401

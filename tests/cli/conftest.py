@@ -4,6 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 from commands import EVERYWHERE, run, train_lm, train_translation, write_sentences
+from fairseq import checkpoint_utils
+from fairseq_cli import train as fairseq_train
+
+
+@pytest.fixture(autouse=True)
+def first_run_of_its_process():
+    """fairseq keeps the best loss of a run in attributes of its functions."""
+    for function in (fairseq_train.should_stop_early, checkpoint_utils.save_checkpoint):
+        vars(function).clear()
 
 
 @pytest.fixture(scope="session")

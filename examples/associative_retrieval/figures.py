@@ -1,0 +1,113 @@
+"""Draw the paper's figures 2 and 5 from the runs of grid.py, with the published points beside ours.
+
+    pip install matplotlib
+    python examples/associative_retrieval/figures.py     # seconds; any number of finished runs
+
+Writes capacity.svg and .png (setting 1), overwriting.svg and .png (setting 2), and results.csv with the last row of
+every finished run, as the paper's figures show it. published.csv has the authors' (github.com/ischlag/fast-weight-
+transformers, synthetic/logs, one seed).
+"""
+
+import csv
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from grid import CURVES, HERE, OVERWRITING, RUNS, Run  # noqa: E402
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; a marker of its own for each curve
+STYLES = {
+    "softmax": ("softmax", "#000000", "o"),
+    "elu-sum": ("ELU+1", "#E69F00", "s"),
+    "favor64-sum": ("FAVOR+ 64", "#56B4E9", "v"),
+    "favor128-sum": ("FAVOR+ 128", "#0072B2", "^"),
+    "favor512-sum": ("FAVOR+ 512", "#999999", "<"),
+    "dpfp1-sum": ("DPFP-1", "#009E73", "D"),
+    "dpfp2-sum": ("DPFP-2", "#D55E00", "P"),
+    "dpfp3-sum": ("DPFP-3", "#CC79A7", "X"),
+    "overwriting-dpfp1-sum": ("sum, DPFP-1", "#E69F00", "s"),
+    "overwriting-dpfp1-delta": ("delta, DPFP-1", "#009E73", "D"),
+    "overwriting-dpfp2-delta": ("delta, DPFP-2", "#D55E00", "P"),
+    "overwriting-elu-delta": ("delta, ELU+1", "#0072B2", "^"),
+    "overwriting-favor64-delta": ("delta, FAVOR+ 64", "#56B4E9", "v"),
+    "overwriting-dpfp1-fwm": ("fwm, DPFP-1", "#CC79A7", "X"),
+    "overwriting-tanh-fwm": ("fwm, tanh", "#000000", "o"),
+}
+PUBLISHED_NAMES = {"softmax": "softmax", "linear": "elu"}
+PUBLISHED_RULES = {"cat": "", "sum": "-sum", "ours": "-delta", "fwm": "-fwm"}
+Points = Dict[str, List[Tuple[int, float, int]]]  # curve: keys, last loss, updates
+
+
+def ours() -> Points:
+    """The last rows of what has finished."""
+    points: Points = {curve: [] for curve in CURVES}
+    for file in RUNS.glob("*.finished"):
+        curve, _, size = file.stem.rpartition("-")
+        step, loss = Run(curve, int(size)).csv.read_text().split()[-1].split(",")
+        points[curve].append((int(size), float(loss), int(step)))
+    return {curve: sorted(rows) for curve, rows in points.items() if rows}
+
+
+def published() -> Points:
+    """The authors' last rows; without runs that ended in NaN."""
+    points: Points = {}
+    with open(HERE / "published.csv", newline="") as lines:
+        for row in csv.DictReader(lines):
+            prefix = "overwriting-" if row["replace"] == "1" else ""
+            name = PUBLISHED_NAMES.get(row["method"], row["method"]) + PUBLISHED_RULES[row["update_rule"]]
+            loss = float(row["final_loss"])
+            if loss == loss and row["stop_reason"] != "other":
+                points.setdefault(prefix + name, []).append((int(row["S"]), loss, int(row["steps"])))
+    return {curve: sorted(rows) for curve, rows in points.items() if curve in CURVES}
+
+
+def draw(setting: int, mine: Points, theirs: Points) -> None:
+    """One figure: lines are our runs, rings the published ones."""
+    plt.rcParams.update({"font.size": 13, "svg.hashsalt": "figures"})
+    figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
+    largest = max(size for curve, rows in mine.items() if CURVES[curve][0] == setting for size, _, _ in rows)
+    for curve, (label, colour, marker) in STYLES.items():
+        if CURVES[curve][0] != setting or curve not in mine:
+            continue
+        sizes, losses, _ = zip(*mine[curve])
+        axes.plot(sizes, losses, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
+        rings = [(size, loss) for size, loss, _ in theirs.get(curve, []) if size <= largest]
+        if rings:
+            axes.plot(*zip(*rings), "o", color=colour, fillstyle="none", markersize=13, markeredgewidth=1.4)
+    axes.plot([], [], "o", color="grey", fillstyle="none", markersize=13, label="published")
+    axes.set_xlabel("number of keys S")
+    axes.set_ylabel("last evaluation loss")
+    if setting == OVERWRITING:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    name = "overwriting" if setting == OVERWRITING else "capacity"
+    for kind, metadata in (("svg", {"Date": None}), ("png", {})):
+        figure.savefig(HERE / f"{name}.{kind}", dpi=110, metadata=metadata)
+    plt.close(figure)
+
+
+def write_results(mine: Points, theirs: Points) -> None:
+    """results.csv, with the published loss where there is one."""
+    with open(HERE / "results.csv", "w", newline="") as lines:
+        out = csv.writer(lines)
+        out.writerow(["curve", "keys", "final_loss", "updates", "published_loss", "published_updates"])
+        for curve, rows in mine.items():
+            other = {size: rest for size, *rest in theirs.get(curve, [])}
+            for size, loss, step in rows:
+                out.writerow([curve, size, f"{loss:.8g}", step, *other.get(size, ("", ""))])
+
+
+def main() -> None:
+    mine, theirs = ours(), published()
+    write_results(mine, theirs)
+    for setting in sorted({CURVES[curve][0] for curve in mine}):
+        draw(setting, mine, theirs)
+    print(f"{sum(map(len, mine.values()))} runs drawn, in {Path(HERE).name}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""All runs of the paper's figures 2 and 5 (associative retrieval), as many at a time as there are cores; resumable.
+
+    python examples/associative_retrieval/grid.py                         # 20 to 600 keys, a day or more on 2 cores
+    python examples/associative_retrieval/grid.py --sizes 20 60 100       # fewer keys
+    python examples/associative_retrieval/grid.py --curves dpfp1-delta    # fewer curves
+    python examples/associative_retrieval/figures.py                      # draws what is there
+
+A run is one fairseq-train command on one thread; its rows go to runs/CURVE-S.csv, its log to runs/CURVE-S.log. What is
+finished is not run again; what was stopped starts anew. Measured times are in README.md.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import List, NamedTuple, Optional
+
+HERE = Path(__file__).resolve().parent
+PLUGIN = HERE.parents[1] / "fairseq_fastweights"
+RUNS = HERE / "runs"
+
+CAPACITY, OVERWRITING = 1, 2  # --setting
+CURVES = {
+    # figure 2
+    "softmax": (CAPACITY, "--update-rule softmax"),
+    "elu-sum": (CAPACITY, "--update-rule sum --feature-map elu"),
+    "favor64-sum": (CAPACITY, "--update-rule sum --feature-map favor --favor-features 64"),
+    "favor128-sum": (CAPACITY, "--update-rule sum --feature-map favor --favor-features 128"),
+    "favor512-sum": (CAPACITY, "--update-rule sum --feature-map favor --favor-features 512"),
+    "dpfp1-sum": (CAPACITY, "--update-rule sum --feature-map dpfp --dpfp-nu 1"),
+    "dpfp2-sum": (CAPACITY, "--update-rule sum --feature-map dpfp --dpfp-nu 2"),
+    "dpfp3-sum": (CAPACITY, "--update-rule sum --feature-map dpfp --dpfp-nu 3"),
+    # figure 5, and rows that the authors logged and did not plot
+    "overwriting-dpfp1-sum": (OVERWRITING, "--update-rule sum --feature-map dpfp --dpfp-nu 1"),
+    "overwriting-dpfp1-delta": (OVERWRITING, "--update-rule delta --feature-map dpfp --dpfp-nu 1"),
+    "overwriting-dpfp2-delta": (OVERWRITING, "--update-rule delta --feature-map dpfp --dpfp-nu 2"),
+    "overwriting-elu-delta": (OVERWRITING, "--update-rule delta --feature-map elu"),
+    "overwriting-favor64-delta": (OVERWRITING, "--update-rule delta --feature-map favor --favor-features 64"),
+    "overwriting-dpfp1-fwm": (OVERWRITING, "--update-rule fwm --feature-map dpfp --dpfp-nu 1"),
+    "overwriting-tanh-fwm": (OVERWRITING, "--update-rule fwm --feature-map tanh"),
+}
+
+
+class Run(NamedTuple):
+    curve: str
+    size: int
+
+    @property
+    def csv(self) -> Path:
+        return RUNS / f"{self.curve}-{self.size}.csv"
+
+    @property
+    def finished(self) -> Path:
+        return self.csv.with_suffix(".finished")
+
+    def command(self) -> List[str]:
+        setting, flags = CURVES[self.curve]
+        task = f"--task associative_retrieval --arch associative_memory --setting {setting} --num-keys {self.size}"
+        main = [sys.executable, "-m", "fairseq_cli.train", "--user-dir", str(PLUGIN)]
+        return [*main, *task.split(), *flags.split(), "--seed", "1", "--eval-csv", str(self.csv), "--cpu"]
+
+    def last_row(self) -> str:
+        step, loss = self.csv.read_text().split()[-1].split(",")
+        return f"loss {float(loss):.5f} after {step} updates"
+
+
+def execute(run: Run) -> Optional[str]:
+    """Run it; what went wrong, or None."""
+    started = time.monotonic()
+    with open(run.csv.with_suffix(".log"), "w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        status = subprocess.run(run.command(), stdout=log, stderr=log, env=environment).returncode
+    if status:
+        return f"exit status {status}, see {run.csv.with_suffix('.log')}"
+    run.finished.write_text(f"{time.monotonic() - started:.0f} s\n")
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=range(20, 601, 20), metavar="S", help="keys")
+    parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES), metavar="CURVE")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
+    args = parser.parse_args()
+    RUNS.mkdir(exist_ok=True)
+    wanted = [Run(curve, size) for size in args.sizes for curve in args.curves]
+    waiting = [run for run in wanted if not run.finished.exists()]
+    print(f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished before", flush=True)
+    failed = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        going = {pool.submit(execute, run): run for run in waiting}
+        for n, done in enumerate(as_completed(going), len(wanted) - len(waiting) + 1):
+            run, problem = going[done], done.result()
+            said = problem or f"{run.last_row()}, {run.finished.read_text().strip()}"
+            print(f"[{n}/{len(wanted)}] {run.curve}, {run.size} keys: {said}", flush=True)
+            if problem:
+                failed.append(f"{run.curve}-{run.size}")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
