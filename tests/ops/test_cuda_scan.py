@@ -187,6 +187,14 @@ def test_too_little_shared_memory_is_one_clear_line():
         cuda_scan.plan(8, 64, 64, 64, 1, False, True, 0, LIMITS._replace(shared=4096))
 
 
+def test_values_stay_in_one_block_where_they_fit():
+    """Each part of the values computes the chunk's products again: no part too many."""
+    large = cuda.Limits(227 * 1024, 132)
+    assert cuda_scan.plan(1, 64, 64, 64, 1, False, True, 0, large).splits == 1  # too short to fill a device
+    assert cuda_scan.plan(200, 4096, 64, 64, 1, False, True, 0, large).splits == 1  # filled by the heads
+    assert cuda_scan.plan(8, 4096, 64, 64, 1, False, True, 0, large).splits == 4
+
+
 @pytest.mark.parametrize(
     "dk, dv", [(1, 1), (16, 16), (32, 16), (64, 64), (100, 36), (384, 64), (512, 512), (5000, 64)]
 )
