@@ -12,7 +12,7 @@ from ..errors import FastWeightError
 from . import cuda
 from .chunked import chunked_scan
 from .cuda import ceil_div
-from .numba_scan import result_like, split_erase
+from .numba_scan import decay_gradient, result_like, split_erase
 
 # tokens from which S0 of every chunk is kept: S_C - K^T R would lose digits of early, small states
 LONG = 1024
@@ -296,17 +296,6 @@ def kernel_operands(dtype, q, k, v, write, erase, log_decay, state) -> list:
     q, k, v, write, erase, strength, log_decay, _ = split_erase(q, k, v, write, erase, log_decay, state)
     q, k, v, erase = (cuda.rows(x, dtype) for x in (q, k, v, erase))
     return [q, k, v, cuda.gate(write), cuda.gate(strength), erase, cuda.gate(log_decay)]
-
-
-def decay_gradient(local: Tensor, end: Optional[Tensor], d_end: Optional[Tensor]) -> Tensor:
-    """d log_decay_t = sum over i >= t of local_i + <dS, S> at the end, local_i = q_i . dq_i + e_i . de_i - k_i . dk_i.
-
-    Summed in float64: what is added in one place is taken off in another.
-    """
-    local = local.double()
-    if d_end is not None:
-        local[:, :, -1] += (d_end * end).sum((-1, -2), dtype=torch.float64)
-    return local.flip(-1).cumsum(-1).flip(-1)
 
 
 def cuda_scan(

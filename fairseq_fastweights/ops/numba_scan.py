@@ -187,29 +187,35 @@ class NumbaScan(torch.autograd.Function):
         )
         d_decay = None
         if log_decay is not None:
-            d_decay = decay_gradient(q, k, erase, dq, dk, de, end, d_end)
+            d_decay = decay_gradient(local_terms(q, k, erase, dq, dk, de), end, d_end)
         grads = (dq, dk, dv, dw, de, d_decay, d_state)
         if d_decay is not None or v.dtype != given[2].dtype:
             grads = [None if g is None else g.to(x.dtype) for g, x in zip(grads, given)]
         return (*grads, None, None)
 
 
-def decay_gradient(q, k, erase, dq, dk, de, end, d_end) -> Tensor:
-    """d log_decay_t = sum over i >= t of (q_i . dq_i + e_i . de_i - k_i . dk_i) + <dS, S> at the end.
-
-    Summed in float64: what is added in one place is taken off in another.
-    """
+def local_terms(q, k, erase, dq, dk, de) -> Tensor:
+    """q . dq + e . de - k . dk of every token, (B, H, T), in float64."""
 
     def dot(a, b):
         return (a * b).sum(-1, dtype=torch.float64)
 
-    local = -dot(k, dk)  # (B, H, T)
+    local = -dot(k, dk)
     if q is not None:
         local += dot(q, dq)
     if erase is not None and erase.dim() == 4:
         local += dot(erase, de)
     elif erase is not None:  # e = strength k, and dk holds strength de too
         local += 2 * (erase * de).double()
+    return local
+
+
+def decay_gradient(local: Tensor, end: Optional[Tensor], d_end: Optional[Tensor]) -> Tensor:
+    """d log_decay_t = sum over i >= t of local_i + <dS, S> at the end, local_i = q_i . dq_i + e_i . de_i - k_i . dk_i.
+
+    Summed in float64: what is added in one place is taken off in another.
+    """
+    local = local.double()
     if d_end is not None:
         local[:, :, -1] += (d_end * end).sum((-1, -2), dtype=torch.float64)
     return local.flip(-1).cumsum(-1).flip(-1)
