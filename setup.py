@@ -29,6 +29,7 @@ EXTRAS = {
     "cpu": ["numba>=0.61"],  # the CPU kernels: several times faster training and decoding without a GPU
     "cuda12": ["cupy-cuda12x>=14,<15"],
     "cuda13": ["cupy-cuda13x>=14,<15"],
+    "compare": ["rich>=13", "matplotlib>=3.8", "pyyaml>=6"],  # fastweights-compare, fastweights-inspect
     # nvidia-cuda-nvrtc compiles the CUDA kernels for every architecture, without a GPU
     "test": [
         "pytest",
@@ -41,8 +42,8 @@ EXTRAS = {
         "nvidia-cuda-nvrtc>=13",
     ],
 }
-EXTRAS["examples"] = EXTRAS["fairseq"] + EXTRAS["cpu"]
-EXTRAS["test"] += EXTRAS["cpu"]
+EXTRAS["examples"] = EXTRAS["fairseq"] + EXTRAS["cpu"] + EXTRAS["compare"]
+EXTRAS["test"] += EXTRAS["cpu"] + EXTRAS["compare"]
 
 setup(
     name="fairseq_fastweights",
@@ -55,6 +56,11 @@ setup(
     # 2.6: the first release whose torch.load takes the allow-list that keeps checkpoints data only
     install_requires=["torch>=2.6", "numpy>=1.22", "sentencepiece>=0.1.97"],
     extras_require=EXTRAS,
+    entry_points={
+        "console_scripts": [
+            "fastweights-compare=fairseq_fastweights.compare.__main__:main",
+        ]
+    },
     packages=[*find_packages(include=["fairseq_fastweights*"]), "fairseq_fastweights.cuda"],
     package_dir={"fairseq_fastweights.cuda": "cuda"},
     package_data={"fairseq_fastweights.cuda": ["*.cu", "README.md"]},

@@ -1,0 +1,227 @@
+"""Grids: what a file asks for, and that runs are started, stopped, resumed and never done twice."""
+
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fairseq_fastweights import FastWeightError
+from fairseq_fastweights.compare import grid as grids
+from fairseq_fastweights.compare import plots
+from fairseq_fastweights.compare.__main__ import main
+from fairseq_fastweights.compare.grid import build_grid
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+TRAINER = f"{sys.executable} {HERE / 'stand_in_trainer.py'}"
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch):
+    """They take a second each, and are looked at in test_tables.py."""
+    for name in ("draw_curves", "draw_cost"):
+        monkeypatch.setattr(plots, name, lambda *_: [])
+
+
+def jobs(**described):
+    return {job.name: job for job in build_grid({"command": "python", **described}).jobs}
+
+
+def test_rows_times_what_varies_times_seeds():
+    made = jobs(
+        rows={"soft max": "--arch transformer", "delta": "--arch fast --dpfp 1"},
+        vary={"lr": ["1e-3", 0.01], "--share": [True, False]},
+        seeds=[1, 2],
+        out="o",
+    )
+    assert len(made) == 2 * 2 * 2 * 2
+    assert made["soft_max,lr=1e-3,share=true,seed=1"].command("train") == (
+        "python --arch transformer --lr 1e-3 --share --save-dir o/soft_max,lr=1e-3,share=true,seed=1 --seed 1"
+    )
+    assert made["delta,lr=0.01,share=false,seed=2"].commands["train"] == (
+        "python --arch fast --dpfp 1 --lr 0.01 --save-dir o/delta,lr=0.01,share=false,seed=2 --seed 2".split()
+    )
+
+
+def test_places_in_commands():
+    made = jobs(
+        command="python a={dir} b={seed}", evaluate="python {dir}/x {name} 'two words'", seeds=[7], out="o"
+    )
+    assert made["seed=7"].commands == {
+        "train": ["python", "a=o/seed=7", "b=7"],
+        "evaluate": ["python", "o/seed=7/x", "seed=7", "two words"],
+    }
+
+
+MISTAKES = {
+    "unknown key": ("command: x\nseed: [1]", "unknown key 'seed' (allowed: command, out,"),
+    "no command": ("seeds: [1]", "command is missing or empty"),
+    "empty seeds": ("command: x\nseeds: []", "seeds must be a list with at least one value"),
+    "seeds that are words": ("command: x\nseeds: [one]", "seeds must be whole numbers, got 'one'"),
+    "empty list": ("command: x\nvary: {lr: []}", "lr must be a list with at least one value"),
+    "one value": ("command: x\nvary: {lr: 0.1}", "lr must be a list"),
+    "nested value": ("command: x\nvary: {lr: [[1]]}", "lr must have plain values"),
+    "rows as list": ("command: x\nrows: [a]", "rows must be names"),
+    "twice the same": ("command: x\nvary: {lr: [1, 1]}", "two runs would be called 'lr=1'"),
+    "quotes": ("command: x 'y", "command: no closing quotation"),
+    "own save-dir": ("command: x --save-dir y", "command must not have --save-dir: out says what it is"),
+    "own seed": ("command: x --seed 1\nseeds: [1]", "command must not have --seed: seeds says"),
+    "no mapping": ("- a", "a grid is a mapping"),
+    "no YAML": ("a: [", "is not YAML: while parsing"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_file_is_one_clear_line(tmp_path, capsys, mistake):
+    text, words = MISTAKES[mistake]
+    (tmp_path / "grid.yaml").write_text(text)
+    assert main(["run", str(tmp_path / "grid.yaml")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fairseq_fastweights: error: ") and "grid.yaml" in line and words in line
+
+
+def write(folder, **described):
+    described = {"command": TRAINER, "out": str(folder / "runs"), **described}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    return str(folder / "grid.yaml")
+
+
+def starts(folder, step="train"):
+    """How many processes a run has had."""
+    return len((folder / f"{step}.measured").read_text().splitlines())
+
+
+def test_runs_evaluates_compares_and_does_nothing_twice(tmp_path, capsys):
+    evaluate = f"{sys.executable} -c \"print('BLEU4 = 12.50, 50.0/24.2')\" {{dir}}"
+    file = write(tmp_path, vary={"lr": [1.0, 2.0]}, seeds=[1, 2], evaluate=evaluate)
+    for _ in range(2):
+        assert main(["run", file, "--jobs", "3"]) == 0
+    runs = tmp_path / "runs"
+    folders = [runs / f"lr={lr},seed={seed}" for lr in ("1.0", "2.0") for seed in (1, 2)]
+    assert [starts(folder) + starts(folder, "evaluate") for folder in folders] == [2, 2, 2, 2]
+    numbers = json.loads((runs / "comparison.json").read_text())
+    assert [row["label"] for row in numbers["rows"]] == ["lr=1.0", "lr=2.0"]
+    assert numbers["runs"][0]["evaluation"] == {"bleu": 12.5}
+    assert "4.83 ± 0.71" in (runs / "table.md").read_text()  # 10/3 + 1 and 10/3 + 2
+    assert "4 of 4 runs were finished before" in capsys.readouterr().out
+
+
+def test_failing_runs_are_named_and_the_others_go_on(tmp_path, capsys):
+    file = write(tmp_path, rows={"bad": "--lr -1", "unknown": "--no-such-flag", "good": "--lr 1"})
+    for _ in range(2):  # what failed is tried again
+        assert main(["run", file]) == 1
+    told = capsys.readouterr()
+    assert "failed: bad: train ended with status 1" in told.err and "    a negative rate" in told.err
+    assert (
+        "failed: unknown: train ended with status 2" in told.err and "arguments: --no-such-flag" in told.err
+    )
+    assert re.search(r"good +3.333", told.out)
+    runs = tmp_path / "runs"
+    assert [starts(runs / name) for name in ("bad", "unknown", "good")] == [2, 2, 1]
+
+
+def test_what_a_run_takes_is_measured(tmp_path, capsys):
+    hog = bytearray(700 << 20)  # of this process, which must not count
+    hog[:: 1 << 12] = b"x" * len(hog[:: 1 << 12])
+    assert main(["run", write(tmp_path, command=TRAINER + " --megabytes 100 --seconds 0.1")]) == 0
+    measured = json.loads((tmp_path / "runs/run/train.measured").read_text())
+    assert 100 << 20 < measured["peak_resident_bytes"] < 250 << 20
+    assert measured["seconds"] >= 0.3 and measured["status"] == 0
+
+
+def alive(pid):
+    """Whether a process is there that was not told to end a moment ago."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and is_there(pid):
+        time.sleep(0.05)
+    return is_there(pid)
+
+
+def is_there(pid):
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+
+
+def signal_when(condition, number):
+    """Send this process a signal as soon as a condition holds; a minute later in any case."""
+
+    def wait():
+        deadline = time.monotonic() + 60
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_with_its_children_and_resumed(tmp_path, capsys, number):
+    file = write(tmp_path, command=TRAINER + " --max-update 8 --seconds 0.25 --child", seeds=[1, 2])
+    saved, child = tmp_path / "runs/seed=1/saved", tmp_path / "runs/seed=1/child"
+    signal_when(lambda: saved.exists() and saved.read_text() >= "2", number)
+    assert main(["run", file]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert not alive(int(child.read_text()))
+    reached = int(saved.read_text())
+    assert 2 <= reached < 8 and not (tmp_path / "runs/seed=2").exists()
+    one = build_grid({**yaml.safe_load(Path(file).read_text()), "seeds": [1]})
+    assert grids.run_grid(one) == []
+    log = (tmp_path / "runs/seed=1/train.log").read_text()
+    assert "num_updates=1," in log and f"@ {reached} updates" in log and saved.read_text() == "8"
+    os.kill(int(child.read_text()), signal.SIGKILL)  # of the run that ended by itself
+
+
+def test_longer_goes_on_and_another_command_is_refused(tmp_path, capsys):
+    assert main(["run", write(tmp_path, command=TRAINER + " --max-update 2")]) == 0
+    assert main(["run", write(tmp_path, command=TRAINER + " --max-update 4")]) == 0
+    assert "@ 2 updates" in (tmp_path / "runs/run/train.log").read_text()
+    assert (tmp_path / "runs/run/saved").read_text() == "4"
+    capsys.readouterr()
+    assert main(["run", write(tmp_path, command=TRAINER + " --max-update 4 --lr 2")]) == 1
+    assert "holds a run of another command (now has '--lr', now has '2')" in capsys.readouterr().err
+    assert starts(tmp_path / "runs/run") == 2
+
+
+def test_no_two_processes_train_into_one_folder(tmp_path):
+    import fcntl
+
+    (job,) = build_grid({"command": TRAINER, "out": str(tmp_path)}).jobs
+    job.folder.mkdir()
+    with open(job.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (failure,) = grids.run_grid(grids.Grid(tmp_path, [job]))
+    assert "another process is still running in this folder" in str(failure)
+
+
+def test_a_command_that_does_not_exist(tmp_path):
+    (job,) = build_grid({"command": "no-such-command x", "out": str(tmp_path)}).jobs
+    with pytest.raises(FastWeightError, match="there is no command 'no-such-command'"):
+        grids.run_grid(grids.Grid(tmp_path, [job]))
+
+
+def test_the_example_with_fairseq(tmp_path, capsys):
+    described = yaml.safe_load((ROOT / "examples/compare/grid.yaml").read_text())
+    assert len(build_grid(described).jobs) == 6
+    command = described["command"].replace(
+        "--user-dir fairseq_fastweights", f"--user-dir {ROOT / 'fairseq_fastweights'}"
+    )
+    command = re.sub(
+        r"--max-update \d+",
+        "--max-update 2 --cpu --train-sequences 200 --valid-sequences 50 --fast-weight-backend chunked",
+        command,
+    )
+    rows = {name: described["rows"][name] for name in ("delta",)}
+    assert main(["run", write(tmp_path, command=command, rows=rows)]) == 0
+    titles, _, cells = (tmp_path / "runs/table.md").read_text().splitlines()
+    row = dict(zip(titles.split(" | "), cells.split(" | "), strict=True))
+    assert row["updates"] == "2" and row["update rule"] == "delta" and row["feature map |"] == "dpfp |"
+    assert 0 <= float(row["best valid accuracy"]) <= 100
