@@ -59,6 +59,7 @@ setup(
     entry_points={
         "console_scripts": [
             "fastweights-compare=fairseq_fastweights.compare.__main__:main",
+            "fastweights-inspect=fairseq_fastweights.inspection.__main__:main",
         ]
     },
     packages=[*find_packages(include=["fairseq_fastweights*"]), "fairseq_fastweights.cuda"],
