@@ -2,11 +2,11 @@
 
     python examples/associative_retrieval/grid.py                         # 20 to 600 keys, a day or more on 2 cores
     python examples/associative_retrieval/grid.py --sizes 20 60 100       # fewer keys
-    python examples/associative_retrieval/grid.py --curves dpfp1-delta    # fewer curves
+    python examples/associative_retrieval/grid.py --curves dpfp1-sum      # fewer curves
     python examples/associative_retrieval/figures.py                      # draws what is there
 
 A run is one fairseq-train command on one thread; its rows go to runs/CURVE-S.csv, its log to runs/CURVE-S.log. What is
-finished is not run again; what was stopped starts anew. Measured times are in README.md.
+finished is not run again; what was stopped starts anew.
 """
 
 import argparse
@@ -92,14 +92,18 @@ def main() -> None:
     waiting = [run for run in wanted if not run.finished.exists()]
     print(f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished before", flush=True)
     failed = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        going = {pool.submit(execute, run): run for run in waiting}
+    pool = ThreadPoolExecutor(args.jobs)
+    going = {pool.submit(execute, run): run for run in waiting}
+    try:
         for n, done in enumerate(as_completed(going), len(wanted) - len(waiting) + 1):
             run, problem = going[done], done.result()
             said = problem or f"{run.last_row()}, {run.finished.read_text().strip()}"
             print(f"[{n}/{len(wanted)}] {run.curve}, {run.size} keys: {said}", flush=True)
             if problem:
                 failed.append(f"{run.curve}-{run.size}")
+    except KeyboardInterrupt:  # (the terminal has told the runs too)
+        pool.shutdown(cancel_futures=True)
+        sys.exit("stopped; the same command goes on from here")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

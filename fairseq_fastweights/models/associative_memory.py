@@ -20,6 +20,7 @@ from ..ops import delta_rule
 from .options import SOFTMAX
 
 EPS = 1e-6  # of the authors' synthetic code; their language model has 1e-5
+UNSET_LR = 0.0  # stands for the authors' rate: fairseq takes no None here
 EVALUATION_DRAWS = 10**9  # FAVOR+'s draws at evaluation are numbered from here
 
 
@@ -92,6 +93,8 @@ class AssociativeMemory(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, args, task):
+        if not hasattr(task.cfg, "num_keys"):
+            raise FastWeightError("--arch associative_memory needs --task associative_retrieval")
         return cls(task.cfg.num_keys, args)
 
     def __init__(self, num_keys: int, args):
@@ -171,12 +174,11 @@ def associative_memory(args):
         if option.name != "_name":
             setattr(args, option.name, safe_getattr(args, option.name, option.default))
     slow = (args.update_rule, args.feature_map) == ("fwm", "tanh")
-    defaults = {"batch_size": 128 if slow else 32, "lr": [1e-4 if slow else 1e-3]}
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
+    args.batch_size = args.batch_size or (128 if slow else 32)
     args.batch_size_valid = args.batch_size_valid or args.batch_size
-    if args.save_dir is None:
+    if args.lr == [UNSET_LR]:
+        args.lr = [1e-4 if slow else 1e-3]
+    if not args.save_dir:
         args.no_save, args.save_dir = True, passing_folder()
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import List
 
+from fairseq import checkpoint_utils
 from fairseq.dataclass import FairseqDataclass
 from fairseq.optim.lr_scheduler import FairseqLRScheduler, register_lr_scheduler
 from omegaconf import II
@@ -27,9 +28,10 @@ class UntilLoss(FairseqLRScheduler):
         self.optimizer.set_lr(cfg.lr[0])
 
     def step(self, epoch, val_loss=None):
-        """After an epoch's validation."""
+        """After an epoch's validation; and after a resume, where the best loss so far is all that fairseq kept."""
         super().step(epoch, val_loss)
-        self.reached = self.reached or (val_loss is not None and val_loss <= self.cfg.target_loss)
+        loss = getattr(checkpoint_utils.save_checkpoint, "best", None) if val_loss is None else val_loss
+        self.reached = self.reached or (loss is not None and loss <= self.cfg.target_loss)
         return self.step_update(0)
 
     def step_update(self, num_updates):

@@ -22,10 +22,12 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II
 
 from ..errors import FastWeightError
+from ..models.associative_memory import UNSET_LR
 from ..optim.until_loss import UntilLossConfig
 
 SETTINGS = (1, 2)
 NEVER = 10**9
+MODEL = "associative_memory"
 
 
 @dataclass
@@ -40,14 +42,14 @@ class AssociativeRetrievalConfig(FairseqDataclass):
         },
     )
     num_keys: int = field(default=20, metadata={"help": "S: keys, and values"})
-    eval_interval: int = field(default=100, metadata={"help": "updates between evaluations"})
+    eval_interval: int = field(default=100, metadata={"help": "batches between evaluations"})
     eval_sequences: int = field(default=20, metadata={"help": "sequences of an evaluation"})
     eval_queries: int = field(default=200, metadata={"help": "most queries asked of one of them"})
     eval_csv: Optional[str] = field(
         default=None, metadata={"help": "file for step,eval-loss, a row each evaluation"}
     )
     seed: int = II("common.seed")
-    batch_size: int = II("dataset.batch_size")
+    batch_size: Optional[int] = II("dataset.batch_size")
 
 
 class RetrievalDataset(FairseqDataset):
@@ -123,6 +125,8 @@ class Stream:
 
     def advance(self) -> None:
         """Draw the next epoch: ``eval_interval`` batches, then the evaluation after them."""
+        if self.cfg.batch_size is None:
+            raise FastWeightError("task associative_retrieval needs --batch-size")
         self.epoch += 1
         self.training = self.draw_training(self.cfg.eval_interval * self.cfg.batch_size)
         self.evaluation = self.draw_evaluation()
@@ -154,7 +158,11 @@ def last_positions(keys: np.ndarray) -> np.ndarray:
 
 @register_task("associative_retrieval", dataclass=AssociativeRetrievalConfig)
 class AssociativeRetrievalTask(FairseqTask):
-    """Optimizer, batches, evaluation and the end of training are the authors' unless flags say otherwise."""
+    """Optimizer, batches, evaluation and the end of training are the authors' unless flags say otherwise.
+
+    A resumed run draws the data and the losses of the run that was not stopped; only --patience is counted anew, as
+    fairseq does for every task.
+    """
 
     @classmethod
     def add_args(cls, parser):
@@ -163,24 +171,42 @@ class AssociativeRetrievalTask(FairseqTask):
         parser.set_defaults(
             criterion="half_squared_error",
             optimizer="torch_adam",
-            lr=None,  # with the batch size, the architecture's
+            lr=[UNSET_LR],  # with the batch size, the architecture's
             lr_scheduler="until_loss",
             max_update=100_000,
             patience=11,
             stop_min_lr=0.0,
             curriculum=NEVER,  # shuffled batches would not be the authors'
             num_workers=0,
-            save_dir=None,  # saved only where a folder is given
+            save_dir="",  # saved only where a folder is given
             no_epoch_checkpoints=True,
         )
+
+    @classmethod
+    def setup_task(cls, cfg, **kwargs):
+        """fairseq says from_checkpoint=True where it loads one."""
+        return cls(cfg)
 
     def __init__(self, cfg: AssociativeRetrievalConfig):
         super().__init__(cfg)
         if cfg.setting not in SETTINGS:
             raise FastWeightError(f"--setting must be 1 or 2, got {cfg.setting}")
-        if cfg.num_keys < 2:
-            raise FastWeightError(f"--num-keys must be at least 2, got {cfg.num_keys}")
+        for name, least in (
+            ("num_keys", 2),
+            ("eval_interval", 1),
+            ("eval_sequences", 1),
+            ("eval_queries", 1),
+        ):
+            if getattr(cfg, name) < least:
+                flag = f"--{name.replace('_', '-')}"
+                raise FastWeightError(f"{flag} must be at least {least}, got {getattr(cfg, name)}")
         self.stream = Stream(cfg)
+
+    def build_model(self, cfg, from_checkpoint=False):
+        name = getattr(cfg, "arch", None) or getattr(cfg, "_name", None)
+        if name != MODEL:
+            raise FastWeightError(f"task associative_retrieval needs --arch {MODEL}, got {name!r}")
+        return super().build_model(cfg, from_checkpoint)
 
     def has_sharded_data(self, split):
         """Every epoch has data of its own."""
@@ -198,9 +224,18 @@ class AssociativeRetrievalTask(FairseqTask):
         self.datasets = dict.fromkeys(self.datasets, self.stream.evaluation)
         self.datasets["train"] = self.stream.training
 
+    def begin_epoch(self, epoch, model):
+        """Called by fairseq-train; a run that begins has nothing to do with rows that are there."""
+        super().begin_epoch(epoch, model)
+        if self.writes_rows() and model.updates == 0:
+            write_rows(Path(self.cfg.eval_csv), [])
+
+    def writes_rows(self) -> bool:
+        return bool(self.cfg.eval_csv) and distributed_utils.get_global_rank() == 0
+
     def post_validate(self, model, stats, agg):
         """Called by fairseq-train after every evaluation."""
-        if self.cfg.eval_csv and distributed_utils.get_global_rank() == 0:
+        if self.writes_rows():
             append_row(Path(self.cfg.eval_csv), int(stats["num_updates"]), float(stats["loss"]))
 
     def max_positions(self):
@@ -216,13 +251,18 @@ class AssociativeRetrievalTask(FairseqTask):
 
 
 def append_row(file: Path, step: int, loss: float) -> None:
-    """Add a row; rows at this step or later are of a run before and go."""
+    """Add a row; rows at this step or later go: a resumed run comes to them again."""
     earlier = []
     if file.exists():
         with open(file, newline="") as lines:
             earlier = [row for row in list(csv.reader(lines))[1:] if int(row[0]) < step]
+    write_rows(file, [*earlier, [step, loss]])
+
+
+def write_rows(file: Path, rows: List[List]) -> None:
+    """The whole file, at once."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     with open(partial, "w", newline="") as lines:
-        csv.writer(lines).writerows([["step", "eval-loss"], *earlier, [step, loss]])
+        csv.writer(lines).writerows([["step", "eval-loss"], *rows])
     partial.rename(file)

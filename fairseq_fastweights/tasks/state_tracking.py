@@ -4,9 +4,8 @@
         --num-items 3 --tokens-per-sample 32 --update-rule delta --optimizer adam --lr 1e-3 --batch-size 64
 
 The usual settings: the word problem of S5 (``--num-items 5``, all 120 permutations; Merrill et al. 2024, "The Illusion
-of State"), S3, swaps only (``--swaps``), and parity (``--num-items 2``) on up to 40 tokens in training and 256 in
-evaluation (Grazzi et al. 2024), where a linear recurrence needs eigenvalues below zero: write strengths in (0, 1), the
-paper's, give none.
+of State"), S3, swaps only (``--swaps``), and parity (``--num-items 2``; Grazzi et al. 2024), for which a linear
+recurrence needs eigenvalues below zero: write strengths in (0, 1), the paper's, give none.
 """
 
 from dataclasses import dataclass, field

@@ -54,7 +54,7 @@ class LabelledTokens(FairseqDataset):
             "net_input": {"src_tokens": tokens, "src_lengths": torch.full((len(samples),), tokens.shape[1])},
             "target": labels,
             "nsentences": len(samples),
-            "ntokens": int((labels != self.pad).sum()),
+            "ntokens": int((labels != self.pad).sum()),  # what the loss is averaged over
         }
 
 
@@ -67,6 +67,11 @@ class SyntheticTokensTask(FairseqTask):
         parser.set_defaults(
             criterion="label_smoothed_cross_entropy", label_smoothing=0.0, report_accuracy=True
         )
+
+    @classmethod
+    def setup_task(cls, cfg, **kwargs):
+        """fairseq says from_checkpoint=True where it loads one."""
+        return cls(cfg)
 
     def __init__(self, cfg: SyntheticTokensConfig):
         super().__init__(cfg)

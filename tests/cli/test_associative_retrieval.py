@@ -1,9 +1,10 @@
 """fairseq-train --task associative_retrieval gives the authors' logs again, and goes on where it stopped."""
 
 import csv
+import re
 
 import pytest
-from commands import PACKAGE, assert_same_training, load, run
+from commands import PACKAGE, assert_same_training, load, run, run_logged
 
 TASK = ["--user-dir", PACKAGE, "--task", "associative_retrieval", "--arch", "associative_memory", "--cpu"]
 
@@ -63,7 +64,20 @@ def test_resumed_run_equals_the_run_that_was_not_stopped(tmp_path, name, stop):
 def test_a_run_starts_its_file_anew(tmp_path):
     flags = [*SMALL, *RUNS["fwm"], "--max-update"]
     assert [step for step, _ in retrieve(tmp_path, *flags, 30)] == [10, 20, 30]
-    assert [step for step, _ in retrieve(tmp_path, *flags, 20)] == [10, 20]
+    assert [step for step, _ in retrieve(tmp_path, *flags, 30, "--eval-interval", 15)] == [15, 30]
+
+
+def test_a_finished_run_is_finished(tmp_path):
+    flags = ["--num-keys", 3, "--update-rule", "softmax", "--eval-interval", 10, "--target-loss", 0.1]
+    rows = retrieve(tmp_path, *flags, "--save-dir", tmp_path)
+    assert retrieve(tmp_path, *flags, "--save-dir", tmp_path) == rows
+
+
+def test_a_checkpoint_can_be_validated(tmp_path):
+    retrieve(tmp_path, *SMALL, *RUNS["fwm"], "--max-update", 20, "--save-dir", tmp_path)
+    flags = ["--task", "associative_retrieval", "--num-keys", 6, "--setting", 2, "--batch-size", 4, "--cpu"]
+    log = run_logged("validate", *TASK[:2], *flags, "--path", tmp_path / "checkpoint_last.pt")
+    assert re.search(r"valid on 'valid' subset \| loss [\d.]+ \| accuracy", log)
 
 
 def test_training_ends_at_the_target_loss(tmp_path):
@@ -97,6 +111,8 @@ def test_settings_of_the_authors_and_of_the_user(tmp_path):
     [
         (["--setting", "3"], "--setting must be 1 or 2, got 3"),
         (["--num-keys", "1"], "--num-keys must be at least 2, got 1"),
+        (["--eval-interval", "0"], "--eval-interval must be at least 1, got 0"),
+        (["--arch", "transformer"], "needs --arch associative_memory, got 'transformer'"),
         (["--update-rule", "hebb"], "--update-rule must be one of softmax, sum, delta, fwm here, got 'hebb'"),
         (["--feature-map", "tanh"], "feature map tanh has negative features"),
     ],
