@@ -112,11 +112,15 @@ def test_settings_of_the_authors_and_of_the_user(tmp_path):
         (["--setting", "3"], "--setting must be 1 or 2, got 3"),
         (["--num-keys", "1"], "--num-keys must be at least 2, got 1"),
         (["--eval-interval", "0"], "--eval-interval must be at least 1, got 0"),
-        (["--arch", "transformer"], "needs --arch associative_memory, got 'transformer'"),
+        (
+            ["--arch", "transformer", "--batch-size", "4", "--lr", "0.1", "--save-dir", "unused"],
+            "needs --arch associative_memory, got 'transformer'",
+        ),
         (["--update-rule", "hebb"], "--update-rule must be one of softmax, sum, delta, fwm here, got 'hebb'"),
         (["--feature-map", "tanh"], "feature map tanh has negative features"),
     ],
 )
-def test_mistakes(tmp_path, flags, message):
+def test_mistakes(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         retrieve(tmp_path, *flags)
