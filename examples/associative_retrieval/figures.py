@@ -3,20 +3,22 @@
     pip install matplotlib
     python examples/associative_retrieval/figures.py     # seconds; any number of finished runs
 
-Writes capacity.svg and .png (setting 1), overwriting.svg and .png (setting 2), and results.csv with the last row of
-every finished run, as the paper's figures show it. published.csv has the authors' (github.com/ischlag/fast-weight-
-transformers, synthetic/logs, one seed).
+Writes capacity.svg and .png (setting 1), overwriting.svg and .png (setting 2), results.csv with the last row of every
+finished run, as the paper's figures show it, and the table in README.md. published.csv has the authors' last rows (from
+synthetic/logs of github.com/ischlag/fast-weight-transformers, one seed).
 """
 
 import csv
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from grid import CURVES, HERE, OVERWRITING, RUNS, Run  # noqa: E402
+
+from fairseq_fastweights.compare.plots import STYLE  # noqa: E402
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; a marker of its own for each curve
 STYLES = {
@@ -38,6 +40,7 @@ STYLES = {
 }
 PUBLISHED_NAMES = {"softmax": "softmax", "linear": "elu"}
 PUBLISHED_RULES = {"cat": "", "sum": "-sum", "ours": "-delta", "fwm": "-fwm"}
+START, END = "<!-- results -->", "<!-- /results -->"
 Points = Dict[str, List[Tuple[int, float, int]]]  # curve: keys, last loss, updates
 
 
@@ -66,14 +69,14 @@ def published() -> Points:
 
 def draw(setting: int, mine: Points, theirs: Points) -> None:
     """One figure: lines are our runs, rings the published ones."""
-    plt.rcParams.update({"font.size": 13, "svg.hashsalt": "figures"})
+    plt.rcParams.update({**STYLE, "svg.hashsalt": "figures"})
     figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
     largest = max(size for curve, rows in mine.items() if CURVES[curve][0] == setting for size, _, _ in rows)
     for curve, (label, colour, marker) in STYLES.items():
         if CURVES[curve][0] != setting or curve not in mine:
             continue
         sizes, losses, _ = zip(*mine[curve])
-        axes.plot(sizes, losses, color=colour, marker=marker, markersize=6, linewidth=1.8, label=label)
+        axes.plot(sizes, losses, color=colour, marker=marker, label=label)
         rings = [(size, loss) for size, loss, _ in theirs.get(curve, []) if size <= largest]
         if rings:
             axes.plot(*zip(*rings), "o", color=colour, fillstyle="none", markersize=13, markeredgewidth=1.4)
@@ -101,9 +104,33 @@ def write_results(mine: Points, theirs: Points) -> None:
                 out.writerow([curve, size, f"{loss:.8g}", step, *other.get(size, ("", ""))])
 
 
+def write_table(mine: Points, theirs: Points) -> None:
+    """Into README.md, between its marks: our last loss, and the published one in brackets."""
+    sizes = sorted({size for rows in mine.values() for size, _, _ in rows})
+    lines = [
+        "| curve | " + " | ".join(f"S = {size}" for size in sizes) + " |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    for curve in STYLES:
+        own = {size: loss for size, loss, _ in mine.get(curve, [])}
+        other = {size: loss for size, loss, _ in theirs.get(curve, [])}
+        cells = [cell(own.get(size), other.get(size)) for size in sizes]
+        if own:
+            lines.append(f"| {curve} | " + " | ".join(cells) + " |")
+    readme = HERE / "README.md"
+    before, mark, rest = readme.read_text().partition(START)
+    readme.write_text("\n".join([before + mark, "", *lines, "", END + rest.partition(END)[2]]))
+
+
+def cell(own: Optional[float], other: Optional[float]) -> str:
+    """0.000771 (0.000766), as far as there is one."""
+    return "" if own is None else f"{own:.3g}" + ("" if other is None else f" ({other:.3g})")
+
+
 def main() -> None:
     mine, theirs = ours(), published()
     write_results(mine, theirs)
+    write_table(mine, theirs)
     for setting in sorted({CURVES[curve][0] for curve in mine}):
         draw(setting, mine, theirs)
     print(f"{sum(map(len, mine.values()))} runs drawn, in {Path(HERE).name}/")
