@@ -19,7 +19,7 @@ from typing import Any, List, Optional, Sequence
 
 from ..errors import FastWeightError, user_mistake
 from . import PROGRAM, plots, tables
-from .grid import read_grid, run_grid
+from .grid import Job, read_grid, run_grid
 from .runs import Run, find_runs
 
 INTERRUPTED = 130
@@ -51,6 +51,8 @@ def _compare(words: Sequence[str]) -> int:
         "--out", type=Path, metavar="FOLDER", help="write table.md, plots and comparison.json there"
     )
     args = parser.parse_args(words)
+    if args.metric and not args.out:
+        raise FastWeightError("--metric says what is drawn: it needs --out")
     compare(find_runs(args.paths, args.subset), args)
     return 0
 
@@ -67,7 +69,7 @@ def _run(words: Sequence[str]) -> int:
     args = parser.parse_args(words)
     grid = read_grid(args.grid)
     args.out = args.out or grid.out
-    failures = run_grid(grid, args.jobs)
+    failures = run_grid(grid, args.jobs, lambda job: _warn_of_what_is_not_there(job, args))
     started = [job.folder for job in grid.jobs if job.folder.is_dir()]
     try:
         compare(find_runs(started, args.subset, every=False), args)
@@ -75,6 +77,14 @@ def _run(words: Sequence[str]) -> int:
         for failure in failures:
             print(f"\n{PROGRAM}: failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _warn_of_what_is_not_there(job: Job, args: argparse.Namespace) -> None:
+    """Say after the first training, not after all, that it lacks what is to be shown; others may have it."""
+    try:
+        tables.check_metric(find_runs([job.folder], args.subset), args.metric)
+    except FastWeightError as error:
+        print(f"{PROGRAM}: warning: {job.name}: {error}", file=sys.stderr)
 
 
 def _parser(description: str, program: str) -> argparse.ArgumentParser:
@@ -100,7 +110,8 @@ def _positive(text: str) -> int:
 
 
 def compare(runs: List[Run], args: argparse.Namespace) -> None:
-    """Print the table, and write what ``args`` asks for."""
+    """Print the table, and write what ``args`` asks for. FastWeightError if no run has it."""
+    tables.check_metric(runs, args.metric)
     rows = tables.group(runs)
     titles, cells = tables.table(rows)
     tables.print_table(titles, cells)
@@ -117,7 +128,7 @@ def _write_all(runs: List[Run], rows: List[tables.Row], args: argparse.Namespace
     table.write_text(tables.markdown(*tables.table(rows)), encoding="utf-8")
     _write_json(runs, rows, numbers)
     written = [table, numbers]
-    if args.metric or tables.metrics(runs):
+    if tables.metrics(runs):
         metric = tables.main_metric(runs, args.metric)
         written += plots.draw_curves(rows, metric, args.out)
         written += plots.draw_cost(rows, metric, args.cost, args.out)
@@ -149,6 +160,7 @@ def _described(run: Run, metrics: Sequence[str]) -> dict:
         "seconds": run.seconds,
         "peak_gpu_memory_gib": run.gpu_memory,
         "peak_memory_gib": run.memory,
+        "subset": tables.subset([run]),
         "validations": [{"updates": v.updates, "seconds": v.seconds, **v.metrics} for v in run.validations],
         "options": run.options,
     }

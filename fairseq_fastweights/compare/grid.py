@@ -6,9 +6,10 @@ A folder holds train.log (of every start, one after another), fairseq's checkpoi
     train.measured   a line of JSON for every start: exit status, seconds, peak resident memory
     train.finished   the command again, written when it ended with status 0
 
-and the same of evaluate, if there is an evaluation.
+and the same of evaluate, if there is an evaluation. Who runs a step holds a lock on the file lock.
 """
 
+import fcntl
 import itertools
 import os
 import re
@@ -21,16 +22,26 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
-from typing import Any, Deque, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from ..errors import FastWeightError
 from . import measured, needed
 
 KEYS = ("command", "out", "seeds", "vary", "rows", "evaluate")
 STEPS = ("train", "evaluate")
+ROW_KEYS = ("flags", "vary")
+# a flag, and what fairseq-hydra-train calls it
+SAVE_DIR = ("--save-dir", "checkpoint.save_dir")
+SEED = ("--seed", "common.seed")
+MAX_UPDATE = ("--max-update", "optimization.max_update")
 # a run that was to be shorter can go on; anything else that changes would mix two runs in one folder
-STOPPING = ("--max-update", "--max-epoch", "--stop-time-hours")
+STOPPING = (
+    MAX_UPDATE,
+    ("--max-epoch", "optimization.max_epoch"),
+    ("--stop-time-hours", "optimization.stop_time_hours"),
+)
 SECONDS_TO_STOP = 10
 LINES_OF_FAILURE, WIDTH_OF_FAILURE = 15, 300  # a logged configuration is one line of 13,000 characters
 UPDATES = re.compile(rb"num_updates\W+(\d+)")
@@ -68,11 +79,15 @@ class Grid:
 
 @dataclass
 class Failure:
+    """A step that ended badly, or (None) a job whose folder another process holds."""
+
     job: Job
-    step: str
-    status: int
+    step: Optional[str] = None
+    status: int = 0
 
     def __str__(self) -> str:
+        if self.step is None:
+            return f"{self.job.name}: another process is still running in {self.job.folder}"
         log = self.job.file(self.step, "log")
         lines = log.read_text(errors="replace").splitlines()[-LINES_OF_FAILURE:]
         what = f"{self.job.name}: {self.step} ended with status {self.status} ({log})"
@@ -107,9 +122,7 @@ def build_grid(described: Any) -> Grid:
     """The runs of a grid that was read: rows x the product of what varies x seeds."""
     if not isinstance(described, dict):
         raise FastWeightError(f"a grid is a mapping with the keys {', '.join(KEYS)}")
-    for key in described:
-        if key not in KEYS:
-            raise FastWeightError(f"unknown key {key!r} (allowed: {', '.join(KEYS)})")
+    _only(KEYS, described, "key")
     train = _words(described, "command")
     evaluate = _words(described, "evaluate") if "evaluate" in described else None
     out = described.get("out", "runs")
@@ -117,13 +130,20 @@ def build_grid(described: Any) -> Grid:
         raise FastWeightError(f"out must be a folder, got {out!r}")
     jobs = [
         _job(Path(out), parts, seed, train, evaluate)
-        for *parts, seed in itertools.product(_rows(described), *_vary(described), _seeds(described))
+        for row, vary in _rows(described)
+        for *parts, seed in itertools.product([row], *vary, _seeds(described))
     ]
     names = [job.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
             raise FastWeightError(f"two runs would be called {name!r}: give them names in rows")
     return Grid(Path(out), jobs)
+
+
+def _only(allowed: Sequence[str], described: dict, what: str) -> None:
+    for key in described:
+        if key not in allowed:
+            raise FastWeightError(f"unknown {what} {key!r} (allowed: {', '.join(allowed)})")
 
 
 Part = Tuple[str, List[str]]  # of a run's name, and of its command
@@ -140,14 +160,35 @@ def _job(
         )
     places = {"{dir}": str(out / name), "{name}": name, "{seed}": "" if seed is None else str(seed)}
     command = [*train, *(word for _, words in parts for word in words)]
-    if not any("{dir}" in word for word in command):
-        command += ["--save-dir", "{dir}"]
-    if seed is not None and not any("{seed}" in word for word in command):
-        command += ["--seed", "{seed}"]
+    command += _apart(command, SAVE_DIR, ("{dir}", "{name}"), "out")
+    if seed is not None:
+        command += _apart(command, SEED, ("{seed}",), "seeds")
     commands = {"train": _filled(command, places)}
     if evaluate:
         commands["evaluate"] = _filled(evaluate, places)
     return Job(name, out / name, commands)
+
+
+def _apart(words: Sequence[str], names: Sequence[str], places: Sequence[str], key: str) -> List[str]:
+    """The flag that keeps runs apart, if it is not there. FastWeightError if it is and does not keep them apart."""
+    given = option(words, names)
+    if given is None:
+        return [names[0], places[0]]
+    if not any(place in given for place in places):
+        raise FastWeightError(
+            f"command must not have {names[0]} {given}: {key} says what it is ({' or '.join(places)})"
+        )
+    return []
+
+
+def option(words: Sequence[str], names: Sequence[str]) -> Optional[str]:
+    """The value a command has for an option of any of these names, the last one as for argparse; None without."""
+    value = None
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        name, given, text = word.partition("=")
+        if name.lstrip("+") in names:
+            value = text if given else after
+    return value
 
 
 def _filled(words: Sequence[str], places: Dict[str, str]) -> List[str]:
@@ -165,12 +206,7 @@ def _words(described: dict, key: str) -> List[str]:
         raise FastWeightError(
             f"{key} is missing or empty: it is a command line such as 'fairseq-train DATA ...'"
         )
-    words = _split(text, key)
-    for flag, instead in (("--save-dir", "out"), ("--seed", "seeds")):
-        given = any(word == flag or word.startswith(flag + "=") for word in words)
-        if key == "command" and given and "{" not in text and instead in described | {"out": None}:
-            raise FastWeightError(f"command must not have {flag}: {instead} says what it is")
-    return words
+    return _split(text, key)
 
 
 def _split(text: str, key: str) -> List[str]:
@@ -180,19 +216,25 @@ def _split(text: str, key: str) -> List[str]:
         raise FastWeightError(f"{key}: {str(error).lower()} in {text!r}") from None
 
 
-def _rows(described: dict) -> List[Part]:
-    rows = described.get("rows", {"": ""})
+def _rows(described: dict) -> List[Tuple[Part, List[List[Part]]]]:
+    """Each row, and what varies in it."""
+    rows, vary = described.get("rows", {"": ""}), described.get("vary", {})
     if not isinstance(rows, dict) or not rows:
         raise FastWeightError("rows must be names with their flags, such as 'delta: --update-rule delta'")
-    for name, flags in rows.items():
-        if not isinstance(flags, (str, type(None))):
-            raise FastWeightError(f"row {name!r} must have flags as one text, got {flags!r}")
-    return [(str(name), _split(flags or "", f"row {name!r}")) for name, flags in rows.items()]
+    return [_row(str(name), row, vary) for name, row in rows.items()]
 
 
-def _vary(described: dict) -> List[List[Part]]:
-    vary = described.get("vary", {})
-    if not isinstance(vary, dict) or ("vary" in described and not vary):
+def _row(name: str, row: Any, vary: Any) -> Tuple[Part, List[List[Part]]]:
+    row = row if isinstance(row, dict) else {"flags": row}
+    _only(ROW_KEYS, row, f"key in row {name!r}:")
+    flags = "" if row.get("flags") is None else row["flags"]
+    if not isinstance(flags, str):
+        raise FastWeightError(f"row {name!r} must have flags as one text, got {flags!r}")
+    return (name, _split(flags, f"row {name!r}")), _vary(row.get("vary", vary))
+
+
+def _vary(vary: Any) -> List[List[Part]]:
+    if not isinstance(vary, dict):
         raise FastWeightError("vary must be flags with lists of values, such as 'lr: [1e-3, 2e-3]'")
     return [[_flag(str(flag).lstrip("-"), value) for value in _list(vary[flag], flag)] for flag in vary]
 
@@ -225,8 +267,13 @@ def _seeds(described: dict) -> List[Optional[int]]:
 # --- running --------------------------------------------------------------------------------------
 
 
-def run_grid(grid: Grid, parallel: int = 1) -> List[Failure]:
+def run_grid(
+    grid: Grid, parallel: int = 1, first_trained: Callable[[Job], None] = lambda job: None
+) -> List[Failure]:
     """Run what is not finished, ``parallel`` runs at a time; returns what failed. Being stopped, it stops all.
+
+    Args:
+        first_trained: called once, as soon as there is a run whose training is finished.
 
     Raises:
         FastWeightError: a command is not found, or a folder holds a run that other flags made.
@@ -234,17 +281,22 @@ def run_grid(grid: Grid, parallel: int = 1) -> List[Failure]:
     for job in grid.jobs:
         check(job)
     waiting = deque(job for job in grid.jobs if job.next_step())
+    trained = [job for job in grid.jobs if job.finished("train")]
     failures: List[Failure] = []
     running: List[_Running] = []
     with _progress(grid, len(grid.jobs) - len(waiting)) as progress, _stopping_signals():
         try:
+            for job in trained[:1]:
+                first_trained(job)
             while waiting or running:
                 while waiting and len(running) < parallel:
-                    running.append(_Running(waiting.popleft(), parallel))
+                    failures += _start(waiting.popleft(), parallel, running, progress)
                 time.sleep(0.1)
                 for one in [one for one in running if one.ended()]:
-                    running.remove(one)
-                    failures += _settle(one, waiting, progress)
+                    failures += _settle(one, running, progress)
+                    if not trained and one.job.finished("train"):
+                        trained.append(one.job)
+                        first_trained(one.job)
                 progress.show(running)
         finally:
             _stop(running)
@@ -252,9 +304,10 @@ def run_grid(grid: Grid, parallel: int = 1) -> List[Failure]:
 
 
 def check(job: Job) -> None:
-    """FastWeightError if a command of ``job`` does not exist, or its folder holds a run of another command."""
+    """FastWeightError if a command of ``job`` does not exist, or its folder holds another or a longer run."""
     for words in job.commands.values():
         program(words[0])
+    limits = {names: _limit(job.commands["train"], names) for names in STOPPING}
     was = job.file("train", "command")
     if not was.is_file():
         return
@@ -266,14 +319,32 @@ def check(job: Job) -> None:
             f"{job.folder} holds a run of another command ({', '.join(changed) or 'in another order'}): "
             "take another 'out', or remove that folder"
         )
+    for names, shorter in limits.items():
+        longer = _limit(before, names)
+        if shorter < longer:
+            raise FastWeightError(
+                f"{job.folder} holds a longer run ({names[0]}: was {longer:g}, is {shorter:g}): "
+                "take another 'out', or remove that folder"
+            )
+
+
+def _limit(words: Sequence[str], names: Sequence[str]) -> float:
+    """At what a run is to stop; infinity if nothing says so, as 0 does not."""
+    given = option(words, names)
+    try:
+        return float(given or 0) or inf
+    except ValueError:
+        raise FastWeightError(f"{names[0]} must be a number, got {given!r}") from None
 
 
 def _without_stopping(words: Sequence[str]) -> List[str]:
+    flags = [flag for flag, _ in STOPPING]
+    stopping = [name for names in STOPPING for name in names]
     kept, skip = [], False
     for word in words:
-        if not skip and word.partition("=")[0] not in STOPPING:
+        if not skip and word.partition("=")[0] not in stopping:
             kept.append(word)
-        skip = word in STOPPING
+        skip = word in flags
     return kept
 
 
@@ -286,28 +357,49 @@ def program(name: str) -> str:
     return found
 
 
+class _Taken(Exception):
+    """Another process holds the folder of a job."""
+
+
 class _Running:
-    """A step of a job whose process was started."""
+    """A job at one of its steps. Its folder is locked as long as this is open or a process of the step lives."""
 
     def __init__(self, job: Job, parallel: int):
-        self.job, self.step = job, job.next_step()
+        """Take the lock and do nothing else. Raises _Taken."""
+        self.job, self.threads = job, max(1, (os.cpu_count() or 1) // parallel)
         job.folder.mkdir(parents=True, exist_ok=True)
-        _write(job.file(self.step, "command"), job.command(self.step))
-        first, *rest = job.commands[self.step]
-        record, lock = str(job.file(self.step, "measured")), str(job.folder / "lock")
-        wrapper = [sys.executable, "-I", "-S", measured.__file__, record, lock]
-        threads = max(1, (os.cpu_count() or 1) // parallel)
+        self.lock = open(job.folder / "lock", "a")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise _Taken from None
+
+    def close(self) -> None:
+        self.lock.close()
+
+    def start(self) -> bool:
+        """Start the next step; False if there is none."""
+        self.step = step = self.job.next_step()
+        if step is None:
+            return False
+        _write(self.job.file(step, "command"), self.job.command(step))
+        first, *rest = self.job.commands[step]
+        held = self.lock.fileno()
+        wrapper = [sys.executable, "-I", "-S", measured.__file__, self.job.file(step, "measured"), str(held)]
         # the log of a resumed training goes on; an evaluation is done from its beginning
-        with open(job.file(self.step, "log"), "ab" if self.step == "train" else "wb") as log:
+        with open(self.job.file(step, "log"), "ab" if step == "train" else "wb") as log:
             self.process = subprocess.Popen(
                 [*wrapper, program(first), *rest],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                pass_fds=[held],
                 start_new_session=True,  # so that all of it can be stopped, at the right time
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                env={"OMP_NUM_THREADS": str(self.threads), **os.environ},
             )
         self.started = time.monotonic()
+        return True
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -326,20 +418,33 @@ class _Running:
             pass
 
 
-def _settle(one: _Running, waiting: Deque[Job], progress: "_Progress") -> List[Failure]:
-    """Mark what ended well, and put a job that has another step at the head of the queue."""
-    job, status = one.job, one.process.returncode
-    took = f"{time.monotonic() - one.started:.0f} s"
-    if status:
-        progress.finish(job, f"{one.step} failed after {took}")
-        return [Failure(job, one.step, status)]
-    _write(job.file(one.step, "finished"), job.command(one.step))
-    if job.next_step():
-        waiting.appendleft(job)
-        progress.say(job, f"{one.step} took {took}")
+def _start(job: Job, parallel: int, running: List[_Running], progress: "_Progress") -> List[Failure]:
+    try:
+        one = _Running(job, parallel)
+    except _Taken:
+        progress.finish(job, "another process is still running in its folder")
+        return [Failure(job)]
+    if one.start():
+        running.append(one)
     else:
-        progress.finish(job, f"{one.step} took {took}")
+        one.close()
+        progress.finish(job, "was finished by another process")
     return []
+
+
+def _settle(one: _Running, running: List[_Running], progress: "_Progress") -> List[Failure]:
+    """Mark what ended well, and go on with the next step of the job."""
+    job, step, status = one.job, one.step, one.process.returncode
+    took = f"{time.monotonic() - one.started:.0f} s"
+    if not status:
+        _write(job.file(step, "finished"), job.command(step))
+        if one.start():
+            progress.say(job, f"{step} took {took}")
+            return []
+    running.remove(one)
+    one.close()
+    progress.finish(job, f"{step} {'failed after' if status else 'took'} {took}")
+    return [Failure(job, step, status)] if status else []
 
 
 def _write(path: Path, text: str) -> None:
@@ -349,6 +454,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _stop(running: Sequence[_Running]) -> None:
+    """End all processes, whatever signals come meanwhile."""
+    for number in _heeded():
+        signal.signal(number, signal.SIG_IGN)
     for one in running:
         one.signal(signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_STOP
@@ -359,18 +467,23 @@ def _stop(running: Sequence[_Running]) -> None:
             pass
         one.signal(signal.SIGKILL)  # the group may outlive its first process
         one.process.wait()
+        one.close()
+
+
+def _heeded() -> List[int]:
+    """Ctrl-C, which a shell may have made its background jobs ignore, SIGTERM, and SIGHUP but under nohup."""
+    hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 
 @contextmanager
 def _stopping_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP stop the children as Ctrl-C does, which a shell may have made its background jobs ignore."""
+    """Whatever is to stop this process raises KeyboardInterrupt, so that it stops its children."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {
-        number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    before = {number: signal.signal(number, interrupt) for number in _heeded()}
     try:
         yield
     finally:
@@ -418,15 +531,9 @@ class _Progress:
             self.bars.remove_task(self.shown.pop(name))
         for name, one in going.items():
             if name not in self.shown:
-                self.shown[name] = self.bars.add_task(
-                    name, total=_max_update(one.job) if one.step == "train" else None
-                )
+                limit = _limit(one.job.commands["train"], MAX_UPDATE) if one.step == "train" else inf
+                self.shown[name] = self.bars.add_task(name, total=limit if limit < inf else None)
             self.bars.update(self.shown[name], completed=one.updates() or 0)
 
     def _print(self, line: str) -> None:
         self.bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _max_update(job: Job) -> Optional[int]:
-    found = re.findall(r"--max-update[ =](\d+)", job.command("train"))
-    return int(found[-1]) if found else None

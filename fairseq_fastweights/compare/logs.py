@@ -64,7 +64,7 @@ class Start:
 
 @dataclass
 class Log:
-    """A run, from its first update to its last."""
+    """A run, from its first update to its last. Empty if nothing was trained."""
 
     options: Options
     parameters: Optional[int]
@@ -91,12 +91,16 @@ class Log:
                 return median(speeds)
         return None
 
+    @property
+    def subsets(self) -> List[str]:
+        """What was validated, in this order."""
+        return list(dict.fromkeys(stats.kind for stats in self.stats if stats.kind not in (INNER, TRAIN)))
+
     def validations(self, subset: Optional[str] = None) -> List[Stats]:
         """Validations of a subset, by updates; by default of the one that was validated first."""
-        valid = [stats for stats in self.stats if stats.kind not in (INNER, TRAIN)]
-        subset = subset or (valid[0].kind if valid else None)
+        subset = subset or next(iter(self.subsets), None)
         # --log-file makes fairseq write some lines twice
-        by_updates = {stats.updates: stats for stats in valid if stats.kind == subset}
+        by_updates = {stats.updates: stats for stats in self.stats if stats.kind == subset}
         return [by_updates[updates] for updates in sorted(by_updates)]
 
 
@@ -176,13 +180,16 @@ def _stats(kind: str, pairs: Iterable) -> Optional[Stats]:
 
 
 def merge(starts: List[Start]) -> Log:
-    """One run from its starts: what a start does again, because it was not saved, is counted once."""
+    """One run from its starts: what a start does again, because it was not saved, is counted once.
+
+    A start without numbers of updates failed at once, or was another program, which logs a configuration too.
+    """
+    starts = [start for start in starts if start.stats]
     stats: List[Stats] = []
     for start in starts:
-        if start.stats:
-            kept = [old for old in stats if old.updates <= _resumed_at(start)]
-            before = kept[-1].seconds if kept else 0.0
-            stats = kept + [replace(new, seconds=before + new.seconds) for new in _timed(start)]
+        kept = [old for old in stats if old.updates <= _resumed_at(start)]
+        before = kept[-1].seconds if kept else 0.0
+        stats = kept + [replace(new, seconds=before + new.seconds) for new in _timed(start)]
     options = [start.options for start in starts if start.options]
     parameters = [start.parameters for start in starts if start.parameters is not None]
     return Log(

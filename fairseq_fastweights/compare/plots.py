@@ -7,14 +7,15 @@ import numpy as np
 
 from . import needed
 from .runs import Run
-from .tables import SECONDS_IN, Quantity, Row, time_unit
+from .tables import SECONDS_IN, Quantity, Row, subset, time_unit
 
 # Okabe and Ito's colours, which colour-blind people tell apart; their yellow is too pale for lines on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 BITS = {"cross_entropy", "label_smoothed_cross_entropy", "adaptive_loss"}
-NAMES = {"loss": "validation loss", "nll_loss": "validation loss", "ppl": "validation perplexity"}
+NAMES = {"nll_loss": "loss", "ppl": "perplexity", "bleu": "BLEU"}
+SUBSETS = {"valid": "validation"}
 COSTS = ("wall", "tokens", "parameters", "memory", "updates")
 # readable where a page halves the figure
 STYLE = {
@@ -38,8 +39,8 @@ def metric_title(runs: Sequence[Run], metric: str) -> str:
     unit = " (bits/token)" if metric in ("loss", "nll_loss") and criteria <= BITS else ""
     if metric == "accuracy" and criteria == {"label_smoothed_cross_entropy"}:
         unit = " (%)"
-    name = "BLEU" if metric == "bleu" else metric.replace("_", " ")
-    return NAMES.get(metric, f"validation {name}") + unit
+    data = subset(runs)
+    return f"{SUBSETS.get(data, data)} {NAMES.get(metric, metric.replace('_', ' '))}{unit}"
 
 
 def cost_quantity(runs: Sequence[Run], cost: str) -> Quantity:

@@ -18,7 +18,7 @@ from .logs import Log, Stats, read_log
 TRAIN_LOGS = ("train.log", "hydra_train.log")
 EVALUATION_LOG = "evaluate.log"
 MEASURED = "train.measured"  # a line of JSON for every process that the grid runner started
-NOTHING = "neither checkpoints nor a log with its configuration or numbers"
+NOTHING = "neither checkpoints nor a log with numbers of a training"
 SCORES = {
     "bleu": re.compile(r"\bBLEU\S* = (\d+(?:\.\d+)?)"),
     "ppl": re.compile(r"\bPerplexity: (\d+(?:\.\d+)?)"),
@@ -39,11 +39,12 @@ class Run:
     gpu_memory: Optional[float] = None  # GiB
     memory: Optional[float] = None  # GiB, resident
     validations: List[Stats] = field(default_factory=list)
+    subsets: List[str] = field(default_factory=list)  # that it validated, of which validations are of one
     evaluation: Dict[str, float] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
-        return not self.options and not self.validations and self.updates is None
+        return not self.options and self.updates is None
 
     def best(self, metric: str) -> Optional[Stats]:
         """The validation at which ``metric`` was best, or None."""
@@ -68,8 +69,8 @@ def find_runs(paths: Iterable[Path], subset: Optional[str] = None, every: bool =
         every: whether each path must hold a run; else one of them.
 
     Raises:
-        FastWeightError: a path does not exist or holds no run. A run that cannot be read beside others that
-            can is named on stderr.
+        FastWeightError: a path does not exist or holds no run, or no run validated ``subset``. A run that cannot
+            be read beside others that can is named on stderr.
     """
     runs: Dict[Path, Run] = {}
     for path in paths:
@@ -89,6 +90,11 @@ def find_runs(paths: Iterable[Path], subset: Optional[str] = None, every: bool =
             print(f"{PROGRAM}: passed over: {problem}", file=sys.stderr)
     if not runs:
         raise FastWeightError(f"no run of fairseq-train to compare: {NOTHING}")
+    known = dict.fromkeys(name for run in runs.values() for name in run.subsets)
+    if subset is not None and subset not in known:
+        raise FastWeightError(
+            f"--subset must be one of {', '.join(known) or 'none: no run validated'}, got {subset!r}"
+        )
     _make_names_unique(list(runs.values()))
     return list(runs.values())
 
@@ -139,8 +145,7 @@ def _make_names_unique(runs: List[Run]) -> None:
 def read_run(path: Path, name: str, subset: Optional[str] = None) -> Run:
     """The run in a save-dir or a log. FastWeightError if its checkpoint is needed and cannot be read."""
     is_folder = path.is_dir()
-    log_path = _log_of(path) if is_folder else path
-    log = read_log(log_path) if log_path else Log({}, None, [], None)
+    log = _log_of(path) if is_folder else read_log(path)
     run = Run(
         name,
         path,
@@ -151,23 +156,25 @@ def read_run(path: Path, name: str, subset: Optional[str] = None) -> Run:
         log.seconds,
         log.gpu_memory,
         validations=log.validations(subset),
+        subsets=log.subsets,
     )
     if is_folder:
-        _add_checkpoint(run)
+        _add_checkpoint(run, subset)
         run.memory = _measured_memory(path)
         run.evaluation = _scores(path / EVALUATION_LOG)
     return run
 
 
-def _log_of(folder: Path) -> Optional[Path]:
-    """The log inside, else the one beside it that has its name, else the newest other one inside."""
+def _log_of(folder: Path) -> Log:
+    """The log inside, else the one beside it that has its name, else the newest other one inside; of a training."""
     named = [folder / name for name in TRAIN_LOGS] + [folder.with_name(folder.name + ".log")]
     others = [path for path in folder.glob("*.log") if path.name != EVALUATION_LOG]
     others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in named + others if path.is_file()), None)
+    logs = (read_log(path) for path in named + others if path.is_file())
+    return next((log for log in logs if log.stats), Log({}, None, [], None))
 
 
-def _add_checkpoint(run: Run) -> None:
+def _add_checkpoint(run: Run, subset: Optional[str]) -> None:
     """What the log does not say, from the last and the best checkpoint."""
     if run.options and run.updates is not None:
         return
@@ -182,9 +189,14 @@ def _add_checkpoint(run: Run) -> None:
     best_path = run.path / "checkpoint_best.pt"
     best_state = _load(best_path) if best_path.is_file() and best_path != last else state
     best, metric = best_state.get("extra_state", {}).get("best"), run.options.get("best_checkpoint_metric")
-    if not run.validations and best is not None and metric:
+    if not run.subsets and best is not None and metric:
         updates = _updates(best_state) if best_path.is_file() else run.updates
-        run.validations = [Stats("valid", updates or 0, {metric: float(best)})]
+        first = (run.options.get("valid_subset") or "valid").split(",")[
+            0
+        ]  # by which fairseq chooses the best
+        run.subsets = [first]
+        if subset in (None, first):
+            run.validations = [Stats(first, updates or 0, {metric: float(best)})]
 
 
 def _first_file(folder: Path, *names: str) -> Optional[Path]:

@@ -11,11 +11,13 @@ from ..errors import FastWeightError
 from . import needed
 from .runs import Run
 
-# options that say where something is kept, not what the run does
+# options that say where something is written, not what the run does
 PLACES = {
     "save_dir",
     "log_file",
     "tensorboard_logdir",
+    "eval_csv",
+    "results_path",
     "distributed_port",
     "distributed_init_method",
     "no_seed_provided",
@@ -67,9 +69,7 @@ def group(runs: Sequence[Run]) -> List[Row]:
     groups: Dict[Any, List[Run]] = {}
     times_seen: Dict[Any, int] = {}
     for run in runs:
-        kind = tuple(
-            sorted((name, comparable(run.options[name])) for name in run.options if is_setting(name))
-        )
+        kind = tuple(sorted((name, meaning(run, name)) for name in run.options if is_setting(name)))
         if not kind or "seed" not in run.options:
             groups[run.name] = [run]
             continue
@@ -97,8 +97,16 @@ def differing_options(rows: Sequence[Row]) -> List[str]:
     return [
         name
         for name in names
-        if len({comparable(row.option(name)) for row in rows if name in row.runs[0].options}) > 1
+        if len({meaning(row.runs[0], name) for row in rows if name in row.runs[0].options}) > 1
     ]
+
+
+def meaning(run: Run, name: str) -> str:
+    """An option's value to compare with another run's: what lies in the run's own folder is at the same place."""
+    value, own = run.options[name], f"{run.options.get('save_dir') or ''}/"
+    if isinstance(value, str) and len(own) > 1 and value.startswith(own):
+        value = "{dir}/" + value.removeprefix(own)
+    return comparable(value)
 
 
 def comparable(value: Any) -> str:
@@ -113,6 +121,20 @@ def metrics(runs: Sequence[Run]) -> List[str]:
     return list(dict.fromkeys(name for run in runs for v in run.validations for name in v.metrics))
 
 
+def subset(runs: Sequence[Run]) -> str:
+    """Of what the validations are. Runs that validate other data than others first are not to be compared unseen."""
+    return " or ".join(dict.fromkeys(v.kind for run in runs for v in run.validations))
+
+
+def check_metric(runs: Sequence[Run], wanted: Optional[str]) -> None:
+    """FastWeightError if a metric is asked for that no run has measured."""
+    known = metrics(runs)
+    if wanted is not None and wanted not in known:
+        raise FastWeightError(
+            f"--metric must be one of {', '.join(known) or 'none: no run validated'}, got {wanted!r}"
+        )
+
+
 def main_metric(runs: Sequence[Run], wanted: Optional[str] = None) -> str:
     """The metric to plot: the one asked for, else the one all runs keep their best checkpoint by, else the first.
 
@@ -120,10 +142,7 @@ def main_metric(runs: Sequence[Run], wanted: Optional[str] = None) -> str:
         FastWeightError: no run has validated, or none has measured ``wanted``.
     """
     known = metrics(runs)
-    if wanted is not None and wanted not in known:
-        raise FastWeightError(
-            f"--metric must be one of {', '.join(known) or 'none: no run validated'}, got {wanted!r}"
-        )
+    check_metric(runs, wanted)
     if not known:
         raise FastWeightError("no run has validated yet: there is nothing to draw")
     chosen = {run.options.get("best_checkpoint_metric") for run in runs}
@@ -141,7 +160,7 @@ def quantities(runs: Sequence[Run]) -> List[Quantity]:
     """The columns of numbers, those without a single number left out."""
     unit = time_unit([run.seconds for run in runs if run.seconds is not None])
     scores = dict.fromkeys(name for run in runs for name in run.evaluation)
-    wanted = [Quantity("valid", name, f"best valid {name}") for name in metrics(runs)]
+    wanted = [Quantity("valid", name, f"best {subset(runs)} {name}") for name in metrics(runs)]
     wanted += [Quantity("evaluation", name, f"evaluated {name}") for name in scores]
     wanted += [
         Quantity("run", "parameters", "parameters"),

@@ -1,6 +1,7 @@
 """Stands in for fairseq-train: counts to --max-update, saves after each, logs as fairseq does, and starts at once."""
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +14,15 @@ parser.add_argument("--max-update", type=int, default=3)
 parser.add_argument("--lr", type=float, default=1.0)
 parser.add_argument("--seconds", type=float, default=0.0, help="an update takes")
 parser.add_argument("--child", action="store_true", help="have a child process that does not want to end")
+parser.add_argument("--deaf", action="store_true", help="do not want to end")
+parser.add_argument("--no-save", action="store_true")
 parser.add_argument("--megabytes", type=int, default=0)
 args = parser.parse_args()
 
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
 PREFIX = "2026-01-01 00:00:00 | INFO | "
+if args.deaf:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 saved = args.save_dir / "saved"
 done = int(saved.read_text()) if saved.exists() else 0
 configuration = {"_name": None, "common": {"seed": args.seed}, "optimizer": {"lr": [args.lr]}}
@@ -40,4 +45,5 @@ for update in range(done + 1, args.max_update + 1):
         f"{PREFIX}valid | epoch 001 | valid on 'valid' subset | loss {loss} | num_updates {update}",
         flush=True,
     )
-    saved.write_text(str(update))
+    if not args.no_save:
+        saved.write_text(str(update))

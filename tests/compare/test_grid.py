@@ -1,5 +1,6 @@
 """Grids: what a file asks for, and that runs are started, stopped, resumed and never done twice."""
 
+import fcntl
 import json
 import os
 import re
@@ -55,9 +56,37 @@ def test_places_in_commands():
         command="python a={dir} b={seed}", evaluate="python {dir}/x {name} 'two words'", seeds=[7], out="o"
     )
     assert made["seed=7"].commands == {
-        "train": ["python", "a=o/seed=7", "b=7"],
+        # a place elsewhere in the command does not keep the runs apart
+        "train": ["python", "a=o/seed=7", "b=7", "--save-dir", "o/seed=7", "--seed", "7"],
         "evaluate": ["python", "o/seed=7/x", "seed=7", "two words"],
     }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--save-dir {dir} --seed {seed}", "--save-dir=x/{name} --seed=1{seed}"]
+    + ["checkpoint.save_dir={dir} common.seed={seed}", "+checkpoint.save_dir={dir} +common.seed={seed}"],
+)
+def test_flags_that_are_there_are_not_added(flags):
+    (job,) = jobs(command="python " + flags, seeds=[7], out="o").values()
+    filled = flags.format(dir="o/seed=7", name="seed=7", seed=7)
+    assert job.command("train") == "python " + filled
+
+
+def test_a_row_may_vary_in_its_own_way():
+    rows = {
+        "softmax": {"flags": "--rule softmax", "vary": {"lr": [1]}},
+        "one": {"flags": "--rule one", "vary": {}},
+        "delta": "--rule delta",
+    }
+    made = jobs(rows=rows, vary={"lr": [1, 2], "nu": [3]}, seeds=[5, 6], out="o")
+    assert [name for name in made if "seed=5" in name] == [
+        "softmax,lr=1,seed=5",
+        "one,seed=5",
+        "delta,lr=1,nu=3,seed=5",
+        "delta,lr=2,nu=3,seed=5",
+    ]
+    assert len(made) == 8 and made["one,seed=6"].command("train").startswith("python --rule one --save-dir")
 
 
 MISTAKES = {
@@ -71,8 +100,22 @@ MISTAKES = {
     "rows as list": ("command: x\nrows: [a]", "rows must be names"),
     "twice the same": ("command: x\nvary: {lr: [1, 1]}", "two runs would be called 'lr=1'"),
     "quotes": ("command: x 'y", "command: no closing quotation"),
-    "own save-dir": ("command: x --save-dir y", "command must not have --save-dir: out says what it is"),
-    "own seed": ("command: x --seed 1\nseeds: [1]", "command must not have --seed: seeds says"),
+    "own save-dir": ("command: x --save-dir y", "command must not have --save-dir y: out says what it is"),
+    "own save-dir beside a place": (
+        "command: x --save-dir y --log-file {name}.log",
+        "command must not have --save-dir y: out says",
+    ),
+    "own seed in a row": (
+        "command: x\nrows: {a: --seed 1}\nseeds: [1]",
+        "must not have --seed 1: seeds says",
+    ),
+    "row with an unknown key": (
+        "command: x\nrows: {a: {flag: --b}}",
+        "unknown key in row 'a': 'flag' (allowed",
+    ),
+    "row without text": ("command: x\nrows: {a: {flags: [b]}}", "row 'a' must have flags as one text"),
+    "length": ("command: python --max-update 1k", "--max-update must be a number, got '1k'"),
+    "own seed": ("command: x --seed 1\nseeds: [1]", "command must not have --seed 1: seeds says"),
     "no mapping": ("- a", "a grid is a mapping"),
     "no YAML": ("a: [", "is not YAML: while parsing"),
 }
@@ -84,7 +127,8 @@ def test_a_wrong_file_is_one_clear_line(tmp_path, capsys, mistake):
     (tmp_path / "grid.yaml").write_text(text)
     assert main(["run", str(tmp_path / "grid.yaml")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fairseq_fastweights: error: ") and "grid.yaml" in line and words in line
+    assert line.startswith("fairseq_fastweights: error: ") and words in line
+    assert "grid.yaml" in line or mistake == "length"
 
 
 def write(folder, **described):
@@ -163,6 +207,14 @@ def signal_when(condition, number):
     threading.Thread(target=wait, daemon=True).start()
 
 
+def test_runs_that_save_nothing(tmp_path, capsys):
+    file = write(tmp_path, command=TRAINER + " --no-save", seeds=[1, 2])
+    assert main(["run", file]) == 0 and main(["run", file]) == 0
+    runs = tmp_path / "runs"
+    assert [starts(runs / f"seed={seed}") for seed in (1, 2)] == [1, 1]
+    assert not list(runs.glob("*/saved")) and "4.83 ± 0.71" in (runs / "table.md").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_with_its_children_and_resumed(tmp_path, capsys, number):
     file = write(tmp_path, command=TRAINER + " --max-update 8 --seconds 0.25 --child", seeds=[1, 2])
@@ -180,6 +232,39 @@ def test_stopped_with_its_children_and_resumed(tmp_path, capsys, number):
     os.kill(int(child.read_text()), signal.SIGKILL)  # of the run that ended by itself
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_save_who_does_not_want_to_end(tmp_path, capsys, monkeypatch, number):
+    monkeypatch.setattr(grids, "SECONDS_TO_STOP", 1.5)
+    stopped = []
+    stop = grids._stop
+    monkeypatch.setattr(grids, "_stop", lambda running: [stopped.append(1), stop(running)])
+    file = write(tmp_path, command=TRAINER + " --max-update 300 --seconds 0.1 --deaf --child")
+    child = tmp_path / "runs/run/child"
+    signal_when(lambda: child.exists() and child.read_text(), signal.SIGTERM)
+    signal_when(lambda: stopped and time.sleep(0.4) is None, number)
+    assert main(["run", file]) == 130
+    saved = (tmp_path / "runs/run/saved").read_text()
+    assert not alive(int(child.read_text()))
+    time.sleep(0.3)
+    assert (tmp_path / "runs/run/saved").read_text() == saved < "300"
+
+
+def test_hangup_stops_the_runs_but_under_nohup():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler in (signal.SIG_DFL, signal.SIG_IGN):
+            signal.signal(signal.SIGHUP, handler)
+            with grids._stopping_signals():
+                ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+                assert ignored == (handler is signal.SIG_IGN)
+                if not ignored:
+                    with pytest.raises(KeyboardInterrupt):
+                        signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_longer_goes_on_and_another_command_is_refused(tmp_path, capsys):
     assert main(["run", write(tmp_path, command=TRAINER + " --max-update 2")]) == 0
     assert main(["run", write(tmp_path, command=TRAINER + " --max-update 4")]) == 0
@@ -188,18 +273,102 @@ def test_longer_goes_on_and_another_command_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert main(["run", write(tmp_path, command=TRAINER + " --max-update 4 --lr 2")]) == 1
     assert "holds a run of another command (now has '--lr', now has '2')" in capsys.readouterr().err
+    assert main(["run", write(tmp_path, command=TRAINER + " --max-update 3")]) == 1
+    assert "holds a longer run (--max-update: was 4, is 3)" in capsys.readouterr().err
     assert starts(tmp_path / "runs/run") == 2
 
 
-def test_no_two_processes_train_into_one_folder(tmp_path):
-    import fcntl
-
-    (job,) = build_grid({"command": TRAINER, "out": str(tmp_path)}).jobs
+@pytest.mark.parametrize(
+    "before, now, refused",
+    [
+        ("--max-update 4", "--max-update=5", False),
+        ("--max-update 4", "--max-update 0", False),  # for fairseq no limit
+        ("--max-update 4", "", False),
+        ("", "--max-update 4", True),
+        ("--max-epoch 4", "--max-epoch 3", True),
+        ("optimization.max_update=4", "optimization.max_update=3", True),
+        ("optimization.max_update=4", "optimization.max_update=5", False),
+    ],
+)
+def test_what_is_longer(tmp_path, before, now, refused):
+    (job,) = jobs(command="python " + before, out=str(tmp_path)).values()
     job.folder.mkdir()
-    with open(job.folder / "lock", "w") as lock:
+    job.file("train", "command").write_text(job.command("train"))
+    (job,) = jobs(command="python " + now, out=str(tmp_path)).values()
+    if refused:
+        with pytest.raises(FastWeightError, match="holds a longer run"):
+            grids.check(job)
+    else:
+        grids.check(job)
+
+
+@pytest.mark.parametrize("step", ["train", "evaluate"])
+def test_a_folder_in_which_another_process_runs_is_left_alone(tmp_path, capsys, step):
+    evaluate = f"{sys.executable} -c \"print('BLEU4 = 12.50, 50.0/24.2')\""
+    (job,) = build_grid({"command": TRAINER, "evaluate": evaluate, "out": str(tmp_path)}).jobs
+    job.folder.mkdir()
+    job.file(step, "log").write_text("what the other one has written")
+    if step == "evaluate":
+        job.file("train", "finished").write_text(job.command("train") + "\n")
+    (job.folder / "lock").touch()
+    before = {path.name: path.read_text() for path in job.folder.iterdir()}
+    with open(job.folder / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         (failure,) = grids.run_grid(grids.Grid(tmp_path, [job]))
-    assert "another process is still running in this folder" in str(failure)
+        assert str(failure) == f"run: another process is still running in {job.folder}"
+        assert {path.name: path.read_text() for path in job.folder.iterdir()} == before
+    assert grids.run_grid(grids.Grid(tmp_path, [job])) == []
+    assert job.next_step() is None
+
+
+def test_what_a_killed_runner_left_running_holds_its_folder(tmp_path):
+    (job,) = build_grid({"command": TRAINER + " --max-update 100 --seconds 0.1", "out": str(tmp_path)}).jobs
+    one = grids._Running(job, 1)
+    assert one.start()
+    saved = job.folder / "saved"
+    try:
+        while not saved.exists():
+            assert one.process.poll() is None
+            time.sleep(0.02)
+        one.close()  # as the end of the runner does
+        one.process.kill()  # and of what measures; the trainer itself is left
+        one.process.wait()
+        (failure,) = grids.run_grid(grids.Grid(tmp_path, [job]))
+        assert "another process is still running" in str(failure)
+    finally:
+        one.signal(signal.SIGKILL)
+        one.process.wait()
+
+
+def test_a_job_that_another_process_has_finished_meanwhile_is_not_run(tmp_path, monkeypatch):
+    first, second = build_grid({"command": TRAINER, "seeds": [1, 2], "out": str(tmp_path)}).jobs
+
+    def finish_second(_):
+        second.folder.mkdir()
+        second.file("train", "finished").write_text(second.command("train") + "\n")
+
+    assert grids.run_grid(grids.Grid(tmp_path, [first, second]), 1, finish_second) == []
+    assert sorted(path.name for path in second.folder.iterdir()) == ["lock", "train.finished"]
+
+
+@pytest.mark.parametrize("wrong", [["--metric", "blue"], ["--subset", "tset"]])
+def test_what_no_run_has_is_said_after_the_first_training(tmp_path, capsys, wrong):
+    file = write(tmp_path, seeds=[1, 2, 3])
+    for _ in range(2):  # the second time there is nothing to train
+        assert main(["run", file, *wrong]) == 1
+        first, last = capsys.readouterr().err.splitlines()
+        allowed = {"--metric": "loss", "--subset": "valid"}[wrong[0]]
+        words = f"{wrong[0]} must be one of {allowed}, got {wrong[1]!r}"
+        assert first == f"fastweights-compare: warning: seed=1: {words}"
+        assert last == f"fairseq_fastweights: error: {words}"
+    assert main(["run", file, "--metric", "loss"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_warning_comes_before_the_next_run(tmp_path):
+    grid, seen = build_grid({"command": TRAINER, "seeds": [1, 2], "out": str(tmp_path)}), []
+    grids.run_grid(grid, 1, lambda job: seen.append((job.name, grid.jobs[1].folder.exists())))
+    assert seen == [("seed=1", False)]
 
 
 def test_a_command_that_does_not_exist(tmp_path):

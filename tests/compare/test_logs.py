@@ -128,6 +128,13 @@ def test_a_start_that_failed_at_once_changes_nothing():
     assert losses(merge(read_starts(first + failed))) == {10: 5.0}
 
 
+def test_another_program_that_logs_its_configuration_is_no_start():
+    generate = PREFIX.format(9) + "fairseq_cli.generate | {'_name': None, 'common': {'seed': 2, 'beam': 5}}"
+    log = merge(read_starts([CONFIGURATION, train(2, 10, 2), generate, "H-0 | x", "P-0 | y"]))
+    assert log.options == {"seed": 1} and log.updates == 10
+    assert merge(read_starts([generate, "H-0 | x"])).options == {}
+
+
 def test_a_run_that_was_started_anew_in_the_same_log():
     anew = PREFIX.format(3) + "fairseq.trainer | No existing checkpoint found x"
     first = [CONFIGURATION, train(2, 10, 2), valid(2, 10, 5.0)]
@@ -140,6 +147,7 @@ def test_other_subsets():
     lines = [valid(1, 10, 5.0), valid(1, 10, 6.0).replace("'valid'", "'valid1'")]
     log = merge(read_starts([CONFIGURATION, *lines]))
     assert log.validations()[0].metrics == {"loss": 5.0}
+    assert log.subsets == ["valid", "valid1"]
     assert log.validations("valid1")[0].metrics == {"loss": 6.0}
     json = read_stats(
         '{"epoch": 2, "valid1_loss": "0.5", "valid1_num_updates": "7", "valid1_best_loss": "0.4"}'

@@ -1,6 +1,7 @@
 """Which runs are found, which become one row, and what is said of them."""
 
 import json
+import os
 import re
 import shutil
 from argparse import Namespace
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from fairseq_fastweights import FastWeightError
 from fairseq_fastweights.compare import plots
 from fairseq_fastweights.compare.__main__ import main
 from fairseq_fastweights.compare.logs import Stats
-from fairseq_fastweights.compare.plots import curve, draw_cost, draw_curves, look
+from fairseq_fastweights.compare.plots import curve, draw_cost, draw_curves, look, metric_title
 from fairseq_fastweights.compare.runs import Run, find_runs
 from fairseq_fastweights.compare.tables import (
     Row,
@@ -69,6 +71,35 @@ def test_runs_that_differ_in_the_seed_are_one_row():
 def test_one_seed_twice_is_not_two_seeds():
     assert len(group([run("a", seed=1, lr=1), run("b", seed=1, lr=1)])) == 2
     assert len(group([run("a"), run("b")])) == 2  # of which nothing is known
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("eval_csv", "logs/{}.csv"),
+        ("tensorboard_logdir", "tb/{}"),
+        ("results_path", "results/{}"),
+        ("what_a_plugin_writes", "runs/{}/attention.npz"),  # in the run's own folder
+    ],
+)
+def test_where_something_is_written_is_no_difference(option, value):
+    runs = [
+        run(f"{lr},seed={seed}", lr=lr, seed=seed, save_dir=f"runs/{lr},{seed}")
+        for lr in (1, 2)
+        for seed in (3, 4)
+    ]
+    for one in runs:
+        one.options[option] = value.format(Path(one.options["save_dir"]).name)
+    rows = group(runs)
+    assert [len(row.runs) for row in rows] == [2, 2]
+    assert differing_options(rows) == ["lr"]
+
+
+def test_where_something_is_read_is_a_difference():
+    runs = [run("a", seed=1, save_dir="a", data="a"), run("b", seed=2, save_dir="b", data="b")]
+    assert len(group(runs)) == 2 and differing_options(group(runs)) == ["data"]
+    runs = [run("a", seed=1, save_dir="sum", rule="sum"), run("b", seed=2, save_dir="b", rule="sum")]
+    assert len(group(runs)) == 1  # a save-dir that is called like a value
 
 
 def test_only_options_that_differ_are_shown():
@@ -226,6 +257,76 @@ def test_checkpoints_alone(tmp_path):
     assert (found.options["arch"], found.options["update_rule"]) == ("fast_weight_transformer", "delta")
 
 
+GENERATE = (
+    "2026-11-24 20:09:00 | INFO | fairseq_cli.generate | {'_name': None, 'common': {'seed': 9, 'x': 1}}\n"
+)
+
+
+def test_what_generate_logs_is_no_run(folder, capsys):
+    (folder / "generate.log").write_text(GENERATE + "H-0 -1.0 a b\n")
+    assert [one.name for one in find_runs([folder])] == ["alone", "delta", "deep/b2", "deep/b10"]
+    assert main([str(folder / "generate.log")]) == 1
+    assert "no run of fairseq-train in" in capsys.readouterr().err
+    (folder / "delta.log").unlink()
+    torch.save(checkpoint(100, 1.5), folder / "delta/checkpoint_last.pt")
+    (folder / "delta/generate.log").write_text(GENERATE)
+    (found,) = find_runs([folder / "delta"])
+    assert (found.options["seed"], found.options["update_rule"], found.updates) == (1, "delta", 100)
+    assert found.best("loss").metrics == {"loss": 1.5} and "x" not in found.options
+    shutil.copy(HERE / "lm.log", folder / "delta/older.log")
+    os.utime(folder / "delta/older.log", (0, 0))
+    (found,) = find_runs([folder / "delta"])
+    assert found.options["arch"] == "fast_weight_lm_tiny"
+
+
+@pytest.fixture
+def two_subsets(tmp_path):
+    """A log of two subsets beside a save-dir without a log."""
+    log = (HERE / "lm.log").read_text()
+    other = log.replace("valid on 'valid' subset | loss 2", "valid on 'test' subset | loss 3")
+    (tmp_path / "a.log").write_text(
+        log + "".join(x for x in other.splitlines(True) if "valid on 'test'" in x)
+    )
+    (tmp_path / "b").mkdir()
+    torch.save(checkpoint(100, 1.5), tmp_path / "b/checkpoint_last.pt")
+    return tmp_path
+
+
+def test_one_subset_is_not_shown_as_another(two_subsets, capsys):
+    runs = find_runs([two_subsets])
+    assert [one.best("loss").metrics["loss"] for one in runs] == [2.512, 1.5]
+    assert (
+        table(group(runs))[0][1] == "best valid loss" and metric_title(runs, "ppl") == "validation perplexity"
+    )
+    runs = find_runs([two_subsets], "test")
+    assert runs[0].best("loss").metrics["loss"] == 3.512 and runs[1].best("loss") is None
+    titles, cells = table(group(runs))
+    assert titles[1] == "best test loss" and [row[1] for row in cells] == ["3.512", ""]
+    assert metric_title(runs, "bleu") == "test BLEU"
+    assert main([str(two_subsets), "--subset", "tset"]) == 1
+    told = capsys.readouterr()
+    assert told.out == "" and "--subset must be one of valid, test, got 'tset'" in told.err
+
+
+def test_the_best_of_a_checkpoint_is_of_the_subset_it_was_chosen_by(tmp_path):
+    state = checkpoint(100, 1.5)
+    state["cfg"]["dataset"] = {"valid_subset": "test,valid"}
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    (found,) = find_runs([tmp_path])
+    assert found.best("loss").kind == "test"
+    both = [found, read("lm.log")]
+    assert table(group(both))[0][1] == "best test or valid loss"
+
+
+@pytest.mark.parametrize("out", [[], ["--out"]])
+def test_a_metric_that_cannot_be_drawn_is_one_line_before_anything_is_written(tmp_path, capsys, out):
+    assert main([str(HERE / "lm.log"), "--metric", "blue", *out, *(str(tmp_path / "out") for _ in out)]) == 1
+    told = capsys.readouterr()
+    (line,) = told.err.splitlines()
+    assert ("--metric must be one of loss, ppl, got 'blue'" if out else "it needs --out") in line
+    assert told.out == "" and not (tmp_path / "out").exists()
+
+
 def test_a_damaged_checkpoint_does_not_hide_other_runs(folder, capsys):
     (folder / "half").mkdir()
     (folder / "half/checkpoint_last.pt").write_bytes(b"half of it")
@@ -241,7 +342,9 @@ def test_curves_are_means_where_every_seed_has_been():
     assert deviations.tolist() == pytest.approx([2**0.5, 2**0.5, 0.5 / 2**0.5])
 
 
-def test_plots_of_many_rows(tmp_path):
+def test_plots_of_many_rows(tmp_path, monkeypatch):
+    drawn, write = [], plots._figure._write
+    monkeypatch.setattr(plots._figure, "_write", lambda one: [drawn.append(one), write(one)])
     rows = [Row(f"row {i}", [run(f"{i}", (3.0 + i, 0.1 + i))]) for i in range(12)]
     written = draw_curves(rows, "loss", tmp_path) + draw_cost(rows, "loss", "parameters", tmp_path)
     assert [path.name for path in written] == [
@@ -250,7 +353,22 @@ def test_plots_of_many_rows(tmp_path):
         "quality-against-parameters.png",
         "quality-against-parameters.svg",
     ]
-    assert all(path.stat().st_size > 5000 for path in written)
+    curves, points = drawn
+    assert [line.get_ydata().tolist() for line in curves.axes.lines] == [
+        [3.0 + i, 0.1 + i] for i in range(12)
+    ]
+    assert [bar[0].get_xydata().tolist() for bar in points.axes.containers] == [
+        [[1.234567, 0.1 + i]] for i in range(12)
+    ]
+    for one in drawn:
+        (legend,) = one.figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [row.label for row in rows]
+        inside, whole = legend.get_window_extent(), one.figure.bbox
+        assert whole.x0 <= inside.x0 and inside.x1 <= whole.x1 and whole.y0 <= inside.y0
+        assert inside.y1 <= one.axes.get_tightbbox().y0 + 1  # below the axes, not upon them
+    for path in written[::2]:
+        picture = imread(path)
+        assert picture.shape[1] == plots.WIDTH * 150 and picture[..., :3].std() > 0.05
     looks = [tuple(map(str, look(i).values())) for i in range(100)]
     assert len(set(looks)) == 100
 
