@@ -87,6 +87,13 @@ def test_directions_are_new_for_every_batch_and_repeatable():
     first, second = outputs(False, 3)
     assert not torch.equal(first, second)
     assert torch.equal(first, outputs(False, 3)[0]) and torch.equal(second, outputs(False, 3)[1])
+    assert not torch.equal(first, outputs(False, 4)[0])
     trained = outputs(True, 3)[0]
     assert not torch.equal(trained, outputs(True, 4)[0])
     assert torch.equal(trained, outputs(True, 3)[0])
+
+
+def test_nothing_is_added_to_random_features():
+    """Unlike in the language model: far from 0 they vanish."""
+    features = memory("sum", "favor", favor_features=4).phi(torch.full((1, 8), 9.0))
+    assert 0 <= features.max() < 1e-9
