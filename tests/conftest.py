@@ -49,3 +49,11 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.skipped and os.environ.get("NO_SKIPS") and not hasattr(report, "wasxfail"):
         report.outcome, report.longrepr = "failed", f"skipped under NO_SKIPS: {report.longrepr}"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    """The same for a whole file that skips itself while it is read (pytest.importorskip at its top)."""
+    report = (yield).get_result()
+    if report.skipped and os.environ.get("NO_SKIPS"):
+        report.outcome, report.longrepr = "failed", f"skipped under NO_SKIPS: {report.longrepr}"
