@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import FastWeightError
 from ..feature_maps import build_feature_map, normalize, options_of
 from ..ops import delta_rule
+from ..ops.norm_clipped import norm_clipped_write
 from .options import SOFTMAX
 
 EPS = 1e-6  # of the authors' synthetic code; their language model has 1e-5
@@ -56,17 +57,8 @@ def delta_memory(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
 
 
 def fwm_memory(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
-    """The delta rule of Schlag et al. (2021): W is scaled back to Frobenius norm 1 after every write that exceeds it,
-    and what is read is layer-normalised. Serial: the scale depends on W."""
-    state = (
-        k[:, 0, :, None] * (beta[:, 0, None] * v[:, 0])[:, None]
-    )  # (B, dk, dv), the first write is not scaled
-    for t in range(1, k.shape[1]):
-        old = torch.einsum("bdv,bd->bv", state, k[:, t])
-        inserted = beta[:, t, None] * (v[:, t] - old)
-        state = state + k[:, t, :, None] * inserted[:, None]
-        excess = F.relu(state.flatten(1).norm(dim=-1) - 1)
-        state = state / (1 + excess)[:, None, None]
+    """The delta rule of Schlag et al. (2021), its memory kept within norm 1; what is read is layer-normalised."""
+    state = norm_clipped_write(k[:, None], v[:, None], beta[:, None])[:, 0]  # (B, dk, dv)
     read = torch.einsum("bd,bdv->bv", q, state)
     return F.layer_norm(read, read.shape[-1:])
 

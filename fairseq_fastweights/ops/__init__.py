@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FastWeightError
 from . import dispatch
-from .checks import check_chunk_size, check_operands
+from .checks import check_beta, check_chunk_size, check_operands
 from .chunked import no_autocast
 
 __all__ = ["fast_weight_scan", "fast_weight_step", "sum_rule", "delta_rule"]
@@ -145,7 +145,5 @@ def delta_rule(
     beta (B, H, T), in [0, 1] with beta |k|^2 <= 2 for a stable recurrence; everything else as in
     ``fast_weight_scan``.
     """
-    if not isinstance(beta, Tensor) or beta.shape != k.shape[:-1]:
-        came = tuple(beta.shape) if isinstance(beta, Tensor) else type(beta).__name__
-        raise FastWeightError(f"beta must have shape {tuple(k.shape[:-1])}, got {came}")
+    check_beta(beta, k)
     return fast_weight_scan(q, k, v, write=beta, erase=beta, state=state, **options)

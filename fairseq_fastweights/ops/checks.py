@@ -97,3 +97,10 @@ def check_chunk_size(chunk_size: Optional[int]) -> None:
         not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1
     ):
         raise FastWeightError(f"chunk_size must be a positive int or None, got {chunk_size!r}")
+
+
+def check_beta(beta: object, k: Tensor) -> None:
+    """Raise FastWeightError unless beta is a tensor with one number for every key."""
+    if not isinstance(beta, Tensor) or beta.shape != k.shape[:-1]:
+        came = tuple(beta.shape) if isinstance(beta, Tensor) else type(beta).__name__
+        raise FastWeightError(f"beta must have shape {tuple(k.shape[:-1])}, got {came}")

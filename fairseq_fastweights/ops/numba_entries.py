@@ -13,6 +13,7 @@ from numba import carray, cfunc, types
 from .numba_decode import decode
 from .numba_features import address_backward, address_forward
 from .numba_kernels import JOB_SIZE, backward, forward
+from .numba_norm_clipped import norm_clipped_backward, norm_clipped_forward
 
 
 def entries(version: str) -> dict:
@@ -61,6 +62,22 @@ def entries(version: str) -> dict:
     def decode_float64(address):
         version  # noqa: B018
         decode(carray(address, JOB_SIZE, np.int64), np.float64)
+
+    def norm_clipped_forward_float32(address):
+        version  # noqa: B018
+        norm_clipped_forward(carray(address, JOB_SIZE, np.int64), np.float32)
+
+    def norm_clipped_forward_float64(address):
+        version  # noqa: B018
+        norm_clipped_forward(carray(address, JOB_SIZE, np.int64), np.float64)
+
+    def norm_clipped_backward_float32(address):
+        version  # noqa: B018
+        norm_clipped_backward(carray(address, JOB_SIZE, np.int64), np.float32)
+
+    def norm_clipped_backward_float64(address):
+        version  # noqa: B018
+        norm_clipped_backward(carray(address, JOB_SIZE, np.int64), np.float64)
 
     return {name: function for name, function in locals().items() if name != "version"}
 
