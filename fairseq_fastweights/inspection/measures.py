@@ -5,19 +5,10 @@ from typing import Dict, List, Optional
 import torch
 from torch import Tensor
 
+from ..modules.stats import effective_rank, ratio
 from .record import Recording
 
 EXACT = 1e-6  # of the largest number read; what is left in float64 is rounding
-
-
-def effective_rank(singular_values: Tensor) -> Tensor:
-    """exp of the entropy of the singular values (..., n) over their sum (Roy and Vetterli 2007); 0 for a zero matrix.
-
-    n equal singular values have effective rank n, however small they are.
-    """
-    total = singular_values.sum(-1)
-    shares = ratio(singular_values, total[..., None])
-    return torch.special.entr(shares).sum(-1).exp() * (total > 0)
 
 
 def mean_distance(weights: Tensor) -> Tensor:
@@ -36,11 +27,6 @@ def mean_distance(weights: Tensor) -> Tensor:
 def negative_share(weights: Tensor) -> Tensor:
     """The share of negative weights (..., T, S) in the sum of all sizes."""
     return ratio(weights.clamp_max(0).abs().sum((-2, -1)), weights.abs().sum((-2, -1)))
-
-
-def ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """part / whole, and 0 where whole is 0."""
-    return torch.where(whole > 0, part / torch.where(whole > 0, whole, torch.ones_like(whole)), 0.0)
 
 
 def summary(recording: Recording, heads: List[int]) -> List[Dict[str, object]]:

@@ -10,7 +10,6 @@ once more by the modules' own methods.
 
 import contextlib
 import inspect
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Iterator, List, Optional
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import FastWeightError
 from ..modules import FastWeightAttention
 from ..modules.fast_weight_attention import alternate_heads
+from ..modules.stats import erased_share, layer_of, site_of
 from ..ops.chunked import erase_keys
 from ..ops.reference import recurrence_step, reference_scan
 from ..update_rules import UPDATE_RULES
@@ -131,11 +131,8 @@ class Recording:
 
     @property
     def erased_share(self) -> Optional[Tensor]:
-        """e . k (B, H, S): how much of what k would have read is gone after the write; None where nothing is.
-
-        1 erases it all, 2 turns its sign; beta |k|^2 for the delta rules.
-        """
-        return None if self.erase is None else self.in_text_order((self.erase * self.k).sum(-1))
+        """e . k (B, H, S), as the function of this name; None where nothing is erased."""
+        return None if self.erase is None else self.in_text_order(erased_share(self.erase, self.k))
 
     @property
     def decay(self) -> Optional[Tensor]:
@@ -202,7 +199,7 @@ def _record(name, attention: FastWeightAttention, query, key, value, read) -> Re
     write, erase, log_decay, z = attention._rule_operands(k, gates, None, None)
     return Recording(
         name=name,
-        layer=_layer(name),
+        layer=layer_of(name),
         site=site_of(attention),
         rule=rule_name(attention),
         causal=attention.causal,
@@ -223,18 +220,6 @@ def _record(name, attention: FastWeightAttention, query, key, value, read) -> Re
 
 def _exact(x: Optional[Tensor]) -> Optional[Tensor]:
     return None if x is None else x.detach().cpu().double()
-
-
-def _layer(name: str) -> int:
-    number = re.search(r"layers\.(\d+)\.", name)
-    return int(number[1]) if number else 0
-
-
-def site_of(attention: FastWeightAttention) -> str:
-    """decoder, encoder or cross."""
-    if attention.encoder_decoder_attention:
-        return "cross"
-    return "decoder" if attention.causal else "encoder"
 
 
 def rule_name(attention: FastWeightAttention) -> str:

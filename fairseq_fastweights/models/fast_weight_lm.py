@@ -10,6 +10,7 @@ from fairseq.models.transformer_lm import (
 )
 from fairseq.utils import safe_getattr
 
+from ..modules.stats import attach_stats
 from .layers import MaskFreeDecoder
 from .loading import ClearLoading
 from .options import SOFTMAX, FastWeightOptions, check_args, set_defaults, transformer_config
@@ -29,14 +30,11 @@ class FastWeightLanguageModel(ClearLoading, TransformerLanguageModel):
         """fairseq's model, its decoder rebuilt around the same embeddings unless its attention is softmax."""
         check_args(args, ("update_rule",))
         model = super().build_model(args, task)
-        if args.update_rule == SOFTMAX:
-            return model
-        embed_tokens = model.decoder.embed_tokens
-        return cls(
-            MaskFreeDecoder(
-                transformer_config(args), task.target_dictionary, embed_tokens, no_encoder_attn=True
-            )
-        )
+        if args.update_rule != SOFTMAX:
+            cfg, embed_tokens = transformer_config(args), model.decoder.embed_tokens
+            model = cls(MaskFreeDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
+        attach_stats(model, safe_getattr(args, "fast_weight_stats", 0))
+        return model
 
 
 # "fast_weight_lm" itself is registered as an architecture by register_model

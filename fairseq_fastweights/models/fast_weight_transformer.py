@@ -14,6 +14,7 @@ from fairseq.utils import safe_getattr
 
 from ..errors import FastWeightError
 from ..modules import FastWeightAttention
+from ..modules.stats import attach_stats
 from .layers import FastWeightEncoder, decoder_class
 from .loading import ClearLoading
 from .options import (
@@ -44,7 +45,9 @@ class FastWeightTransformerModel(ClearLoading, TransformerModel):
         args = flat_namespace(args)
         set_defaults(args)
         check_args(args, SITES)
-        return super().build_model(args, task)
+        model = super().build_model(args, task)
+        attach_stats(model, args.fast_weight_stats)
+        return model
 
     @classmethod
     def build_encoder(cls, args, src_dict, embed_tokens):

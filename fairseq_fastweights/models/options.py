@@ -73,6 +73,10 @@ class FastWeightOptions(FairseqDataclass):
     no_projection_bias: bool = field(
         default=False, metadata={"help": "fast-weight attention without biases in its projections"}
     )
+    fast_weight_stats: int = field(
+        default=0,
+        metadata={"help": "log state norms, write strengths, ... every N updates, 0: never"},
+    )
 
 
 def set_defaults(args) -> None:

@@ -124,6 +124,7 @@ class FastWeightAttention(nn.Module):
         # TorchScript sees attributes of the instance only
         self.order_matters = self.rule.order_matters
         self.sum_beside_state = self.normalized and self.rule.carries_sum  # z apart, not a column of S
+        self.stats: Optional[nn.Module] = None  # set by stats.attach_stats
         self.reset_parameters()
         self.init_incremental_state()
 
@@ -167,6 +168,8 @@ class FastWeightAttention(nn.Module):
             state, z = self._write_whole(query, query, key_padding_mask)
             out = self._read(q, state, z)
         out = out.to(query.dtype)
+        if not torch.jit.is_scripting() and self.stats is not None:
+            self._record(query, key, q, out, incremental_state)
         # (B, H, T, d) -> (T, B, C)
         out = out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], self.embed_dim)
         return self.out_proj(out), None
@@ -194,6 +197,25 @@ class FastWeightAttention(nn.Module):
                 raise FastWeightError(
                     "attn_mask: bidirectional fast-weight attention writes the whole sentence and knows no mask"
                 )
+
+    @torch.jit.unused
+    def _record(
+        self,
+        query: Tensor,
+        key: Optional[Tensor],
+        q: Tensor,
+        out: Tensor,
+        incremental_state: IncrementalState,
+    ) -> None:
+        if incremental_state is not None:
+            self.stats.forget()
+        else:
+            source = key if self.encoder_decoder_attention else None
+            self.stats.record(self, query, source, q, out)
+
+    def make_generation_fast_(self, **unused) -> None:
+        """Called by fairseq before it generates or evaluates: metrics of training have no reader there."""
+        self.stats = None
 
     def _heads(self, x: Tensor) -> Tensor:
         """(T, B, C) -> (B, H, T, d)."""
@@ -237,6 +259,11 @@ class FastWeightAttention(nn.Module):
         Returns (out (B, H, T, dv), state, z); out is empty without q.
         """
         write, erase, log_decay, sums = self._rule_operands(k, gates, padding, z)
+        if not torch.jit.is_scripting() and self.stats is not None:
+            need_state = True
+            self.stats.see(
+                k=k, v=v, gates=gates, padding=padding, write=write, erase=erase, log_decay=log_decay, z=z
+            )
         one_token = k.shape[2] == 1 and state is not None and not torch.is_grad_enabled()
         if one_token and q is not None and state is not None:
             read, state = step(
@@ -253,6 +280,8 @@ class FastWeightAttention(nn.Module):
             out = read[:, :, None]
         else:
             out, state = self._scan_tokens(q, k, v, write, erase, log_decay, state, need_state)
+        if not torch.jit.is_scripting() and self.stats is not None:
+            self.stats.see(state=state)
         out, z = self._finish(q, out, sums, need_state, z)
         return out, state, z
 

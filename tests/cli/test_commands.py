@@ -138,7 +138,7 @@ def test_training_by_relative_path(data, tmp_path):
 HYDRA = (
     "dataset.batch_size=8 optimization.max_update=2 optimization.lr=[0.01] common.cpu=true "
     "+optimizer._name=adam lr_scheduler._name=fixed dataset.num_workers=0 checkpoint.no_epoch_checkpoints=true "
-    "dataset.disable_validation=true +model.update_rule=gated-delta"
+    "dataset.disable_validation=true +model.update_rule=gated-delta +model.fast_weight_stats=2"
 ).split()
 HYDRA_MODELS = {
     "fast_weight_lm": "+task._name=language_modeling +task.tokens_per_sample=16 +model.decoder_layers=1 "
@@ -159,8 +159,9 @@ def test_hydra_trains(data, tmp_path, name):
         *(f"hydra.run.dir={tmp_path}/hydra",),
         cwd=tmp_path,
     )
-    status, _, err = finish(process)
+    status, out, err = finish(process)
     assert status == 0, err[-3000:]
+    assert "0_state_norm" in out + err
     state = load(tmp_path / "checkpoint_last.pt")
     assert any(n.endswith("self_attn.rule.decay.log_rate") for n in state["model"])
     model = state["cfg"]["model"]
