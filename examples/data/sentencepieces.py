@@ -1,4 +1,4 @@
-"""Learns one sentencepiece model of two languages and cuts their text into its pieces.
+"""Learns one sentencepiece model of all languages and cuts their text into its pieces.
 
     python sentencepieces.py TEXT OUT --languages en de --size 4000
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import sentencepiece
 
 
-def learn(text: Path, languages: list[str], size: int, prefix: Path) -> None:
+def learn(text: Path, languages: list[str], size: int, kind: str, prefix: Path) -> None:
     """Write prefix.model. bos, eos and pad are fairseq's business."""
     sentencepiece.SentencePieceTrainer.train(
         input=[str(text / f"train.{language}") for language in languages],
         model_prefix=str(prefix),
         vocab_size=size,
+        model_type=kind,
         character_coverage=1.0,
         unk_id=0,
         bos_id=-1,
@@ -28,9 +29,9 @@ def learn(text: Path, languages: list[str], size: int, prefix: Path) -> None:
 
 def cut(processor: sentencepiece.SentencePieceProcessor, source: Path, target: Path) -> None:
     """Pieces of every line of ``source``, separated by blanks."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    pieces = [" ".join(processor.encode(line, out_type=str)) for line in lines]
-    target.write_text("".join(line + "\n" for line in pieces), encoding="utf-8")
+    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+        for line in lines:
+            print(*processor.encode(line, out_type=str), file=out)
 
 
 def main() -> None:
@@ -39,14 +40,17 @@ def main() -> None:
     )
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--languages", nargs=2, required=True)
+    parser.add_argument("--languages", nargs="+", required=True)
     parser.add_argument("--size", type=int, default=4000)
+    parser.add_argument("--type", choices=("unigram", "bpe"), default="unigram")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    learn(args.text, args.languages, args.size, args.out / "spm")
+    learn(args.text, args.languages, args.size, args.type, args.out / "spm")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "spm.model"))
-    for source in sorted(args.text.glob("*.*")):
-        cut(processor, source, args.out / source.name)
+    for split in ("train", "valid", "test"):
+        for language in args.languages:
+            name = f"{split}.{language}"
+            cut(processor, args.text / name, args.out / name)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from . import measured, needed
 
 KEYS = ("command", "out", "seeds", "vary", "rows", "evaluate")
 STEPS = ("train", "evaluate")
-ROW_KEYS = ("flags", "vary")
+ROW_KEYS = ("flags", "vary", "evaluate")
 # a flag, and what fairseq-hydra-train calls it
 SAVE_DIR = ("--save-dir", "checkpoint.save_dir")
 SEED = ("--seed", "common.seed")
@@ -124,13 +124,12 @@ def build_grid(described: Any) -> Grid:
         raise FastWeightError(f"a grid is a mapping with the keys {', '.join(KEYS)}")
     _only(KEYS, described, "key")
     train = _words(described, "command")
-    evaluate = _words(described, "evaluate") if "evaluate" in described else None
     out = described.get("out", "runs")
     if not isinstance(out, str) or not out:
         raise FastWeightError(f"out must be a folder, got {out!r}")
     jobs = [
         _job(Path(out), parts, seed, train, evaluate)
-        for row, vary in _rows(described)
+        for row, vary, evaluate in _rows(described)
         for *parts, seed in itertools.product([row], *vary, _seeds(described))
     ]
     names = [job.name for job in jobs]
@@ -216,21 +215,27 @@ def _split(text: str, key: str) -> List[str]:
         raise FastWeightError(f"{key}: {str(error).lower()} in {text!r}") from None
 
 
-def _rows(described: dict) -> List[Tuple[Part, List[List[Part]]]]:
-    """Each row, and what varies in it."""
-    rows, vary = described.get("rows", {"": ""}), described.get("vary", {})
+# a row, what varies in it, how it is evaluated
+Varied = Tuple[Part, List[List[Part]], Optional[List[str]]]
+
+
+def _rows(described: dict) -> List[Varied]:
+    rows = described.get("rows", {"": ""})
     if not isinstance(rows, dict) or not rows:
         raise FastWeightError("rows must be names with their flags, such as 'delta: --update-rule delta'")
-    return [_row(str(name), row, vary) for name, row in rows.items()]
+    return [_row(str(name), row, described) for name, row in rows.items()]
 
 
-def _row(name: str, row: Any, vary: Any) -> Tuple[Part, List[List[Part]]]:
+def _row(name: str, row: Any, described: dict) -> Varied:
+    """What a row says itself goes before what the grid says for all."""
     row = row if isinstance(row, dict) else {"flags": row}
     _only(ROW_KEYS, row, f"key in row {name!r}:")
     flags = "" if row.get("flags") is None else row["flags"]
     if not isinstance(flags, str):
         raise FastWeightError(f"row {name!r} must have flags as one text, got {flags!r}")
-    return (name, _split(flags, f"row {name!r}")), _vary(row.get("vary", vary))
+    own = {"vary": {}, **described, **row}
+    evaluate = _words(own, "evaluate") if "evaluate" in own else None
+    return (name, _split(flags, f"row {name!r}")), _vary(own["vary"]), evaluate
 
 
 def _vary(vary: Any) -> List[List[Part]]:

@@ -62,6 +62,15 @@ def test_places_in_commands():
     }
 
 
+def test_a_row_may_be_evaluated_in_its_own_way():
+    rows = {"sum": "--rule sum", "carried": {"flags": "--rule delta", "evaluate": "python {dir}/own"}}
+    made = jobs(rows=rows, evaluate="python {dir}/all", out="o")
+    evaluated = {name: job.commands["evaluate"][1] for name, job in made.items()}
+    assert evaluated == {"sum": "o/sum/all", "carried": "o/carried/own"}
+    made = jobs(rows=rows, out="o")
+    assert list(made["sum"].commands) == ["train"] and list(made["carried"].commands) == ["train", "evaluate"]
+
+
 @pytest.mark.parametrize(
     "flags",
     ["--save-dir {dir} --seed {seed}", "--save-dir=x/{name} --seed=1{seed}"]

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Compares attentions on WikiText-2: the rows of wikitext2.yaml, their perplexities, table and curves into README.md.
+#
+#     bash examples/language_model/compare_wikitext2.sh             # downloads the text
+#     bash examples/language_model/compare_wikitext2.sh FOLDER      # of train.txt, valid.txt, test.txt
+#     bash examples/language_model/compare_wikitext2.sh --smoke FOLDER   # two updates of three rows on a little of it
+#
+# It needs the extras compare and examples. Stopped, it goes on where it was, row by row. Environment: WORK, the folder
+# of data and runs (default: examples/language_model/wikitext2); JOBS, rows at a time (1); ROWS, the names of some rows;
+# RESULTS, the folder of the README.md into which the results go (default: this one; with --smoke none).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+smoke=
+if [ "${1:-}" = --smoke ]; then smoke=--smoke; shift; fi
+work=$(realpath -m "${WORK:-$here/wikitext2${smoke:+-smoke}}")
+text=$(realpath -m "${1:-$work/text}")
+results=$(realpath -m "${RESULTS:-$here}")
+[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+mkdir -p "$work"
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "Text"
+[ $# -gt 0 ] || bash "$here/prepare_wikitext2.sh" "$text"
+if [ -n "$smoke" ]; then
+    mkdir -p "$work/little"
+    for split in train valid test; do head -n 100 "$text/$split.txt" > "$work/little/$split.txt"; done
+    text=$work/little
+    export VOCAB=${VOCAB:-300} ROWS=${ROWS:-softmax delta+elu delta+elu,carried}
+fi
+bash "$here/prepare_text.sh" "$text" "$work/data"
+
+say "Training and evaluating (logs: $work/runs)"
+cd "$root"  # the grid names the plugin as seen from here
+# shellcheck disable=SC2086 # ROWS and smoke are words
+grid() { python "$here/grid_in.py" "$here/wikitext2.yaml" "$work" $smoke "$@"; }
+grid > "$work/grid.yaml"
+grid --rows ${ROWS:-} > "$work/now.yaml"
+python -m fairseq_fastweights.compare run "$work/now.yaml" --jobs "${JOBS:-1}" || failed=$?
+if [ -z "$smoke" ] || [ -n "${RESULTS:-}" ]; then
+    say "Results"
+    python "$here/results.py" "$work" --into "$results"
+fi
+exit "${failed:-0}"

@@ -1,0 +1,47 @@
+"""Prints a grid with its data and runs in another folder, and perhaps fewer rows, for compare_wikitext2.sh.
+
+    python grid_in.py wikitext2.yaml WORK [--rows softmax delta+elu] [--smoke]
+
+WORK takes the place of the folder that is written in the grid. --smoke: two updates, to see that everything starts.
+"""
+
+import argparse
+from pathlib import Path
+
+import yaml
+
+WORK = "examples/language_model/wikitext2/"
+# the last value of a flag counts
+SMOKE = "--max-update 2 --warmup-updates 1 --validate-interval-updates 2 --log-interval 1"
+
+
+def grid_in(grid: Path, work: Path, rows: list[str], smoke: bool) -> dict:
+    """The grid as it is to be run. ValueError if a row is asked for that it does not have."""
+    described = yaml.safe_load(grid.read_text().replace(WORK, f"{work}/"))
+    unknown = [row for row in rows if row not in described["rows"]]
+    if unknown:
+        raise ValueError(f"no row {unknown[0]!r} in {grid.name}: it has {' '.join(described['rows'])}")
+    if rows:
+        described["rows"] = {row: described["rows"][row] for row in rows}
+    if smoke:
+        described["command"] += SMOKE
+    return described
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--rows", nargs="*", default=[])
+    parser.add_argument("--smoke", action="store_true")
+    args = parser.parse_args()
+    try:
+        print(yaml.safe_dump(grid_in(**vars(args)), sort_keys=False))
+    except ValueError as error:
+        parser.exit(1, f"grid_in.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
