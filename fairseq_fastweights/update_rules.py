@@ -11,8 +11,8 @@
 | gated-delta    | beta k             | beta    | learned, in (0, 1] |
 | gated-sum-peng | 0                  | beta    | 1 - beta           |
 
-with kappa_t = z_{t-1} . k_t and z the sum of the keys so far. A new rule is one class and one line in
-``UPDATE_RULES``. Works without fairseq.
+with kappa_t = z_{t-1} . k_t and z the sum of the keys so far. Rules that are no row of it are in ``serial_rules``.
+A new rule is one class and one line in ``UPDATE_RULES``. Works without fairseq.
 """
 
 from typing import Callable, Dict, Optional, Tuple
@@ -23,58 +23,8 @@ from torch import Tensor, nn
 
 from .errors import FastWeightError
 from .feature_maps import at_least_float32
-
-ATTENTION_EPS = 1e-5  # added to the normalisers kappa_t and z_t . q_t, as in the authors' code
-
-Operands = Tuple[Optional[Tensor], Optional[Tensor], Optional[Tensor], Optional[Tensor]]
-
-
-class UpdateRule(nn.Module):
-    """One row of the table.
-
-    Two steps, because the encoder's heads may write from right to left: ``gates`` looks at each token alone,
-    ``forward`` at the sequence in the order of writing.
-
-    Attributes:
-        order_matters: whether writing the same tokens in another order gives another state.
-        carries_sum: whether the attention-normalised rule needs z, the sum of its keys, beside S. Where it
-            does not erase, z is column dv + 1 of S (its values are 1) and costs no second scan.
-        default_key_normalization, default_attention_normalization: what the paper used for the rule.
-    """
-
-    order_matters = True
-    carries_sum = False
-    default_key_normalization = "none"
-    default_attention_normalization = True
-
-    def __init__(self, embed_dim: int, num_heads: int, normalized: bool, kappa_clamp: bool = False):
-        super().__init__()
-        self.num_heads = num_heads
-        self.normalized = normalized
-        self.kappa_clamp = kappa_clamp
-        self.eps = ATTENTION_EPS
-        if kappa_clamp and not (normalized and self.carries_sum):
-            raise FastWeightError(
-                "kappa_clamp bounds the attention-normalised delta rule: it needs update rule delta with "
-                "attention_normalization true"
-            )
-
-    def gates(self, x: Tensor) -> Tensor:
-        """x (T, B, embed_dim) -> (B, H, T, gates), in float32; no gates by default."""
-        return x.new_empty(x.shape[1], self.num_heads, x.shape[0], 0, dtype=torch.float32)
-
-    def forward(self, k: Tensor, gates: Tensor, z: Optional[Tensor]) -> Operands:
-        """k (B, H, T, dk), gates (B, H, T, gates), z (B, H, dk) the sum of the keys before the first of these.
-
-        Returns (write, erase, log_decay, z after every key). erase is (B, H, T) where the erase keys are that
-        much of k, or (B, H, T, dk); z is (B, H, T, dk), or None if not carried. A zero key must erase nothing.
-        """
-        raise NotImplementedError
-
-
-def heads_first(x: Tensor) -> Tensor:
-    """(T, B, H) -> (B, H, T, 1) in float32 (float64 for float64)."""
-    return at_least_float32(x).permute(1, 2, 0)[..., None]
+from .rule_base import Operands, UpdateRule, heads_first
+from .serial_rules import DeltaDeltaNet, DeltaLstm, DeltaMlp, DeltaRnn, RecurrentDeltaNet
 
 
 class SumRule(UpdateRule):
@@ -199,6 +149,11 @@ UPDATE_RULES: Dict[str, Callable[..., UpdateRule]] = {
     "gated-sum": GatedSumRule,
     "gated-delta": GatedDeltaRule,
     "gated-sum-peng": PengRule,
+    "delta-rnn": DeltaRnn,
+    "delta-lstm": DeltaLstm,
+    "recurrent-delta-net": RecurrentDeltaNet,
+    "delta-mlp": DeltaMlp,
+    "delta-delta-net": DeltaDeltaNet,
 }
 
 
@@ -213,7 +168,10 @@ def rule_class(name: str) -> Callable[..., UpdateRule]:
 
 
 def build_update_rule(
-    name: str, embed_dim: int, num_heads: int, normalized: bool, kappa_clamp: bool = False
+    name: str, embed_dim: int, num_heads: int, normalized: bool, kappa_clamp: bool = False, **options
 ) -> UpdateRule:
-    """The rule ``name`` for ``num_heads`` heads that read their gates from ``embed_dim`` inputs."""
-    return rule_class(name)(embed_dim, num_heads, normalized, kappa_clamp)
+    """The rule ``name`` for ``num_heads`` heads that read their gates from ``embed_dim`` inputs.
+
+    ``options`` are the rule's own: depth of delta-mlp.
+    """
+    return rule_class(name)(embed_dim, num_heads, normalized, kappa_clamp, **options)

@@ -6,6 +6,8 @@ import torch
 from fairseq_fastweights.ops import fast_weight_scan
 from fairseq_fastweights.update_rules import UPDATE_RULES, build_update_rule
 
+# the rows of the table; serial rules are tested in test_serial_rules.py
+ROWS = [name for name, rule in UPDATE_RULES.items() if not rule.serial]
 EMBED, HEADS, BATCH, TOKENS, DK, DV = 12, 3, 2, 10, 4, 5
 
 
@@ -28,7 +30,7 @@ def scan(rule, q, k, v, gates, z=None, state=None):
     return out, state, sums
 
 
-@pytest.mark.parametrize("name", UPDATE_RULES)
+@pytest.mark.parametrize("name", ROWS)
 def test_row_of_the_table(name):
     rule = build(name)
     x, q, k, v, gates = rule_inputs(rule)
@@ -114,7 +116,7 @@ def test_normalised_delta_carries_z(cut):
     torch.testing.assert_close(z[:, :, -1], sums[:, :, -1])
 
 
-@pytest.mark.parametrize("name", UPDATE_RULES)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_zero_key_erases_nothing_and_leaves_z(name, normalized):
     if name == "gated-delta" and normalized:
@@ -133,7 +135,7 @@ def test_a_zero_key_erases_nothing_and_leaves_z(name, normalized):
     assert erase is None or erase.isfinite().all()
 
 
-@pytest.mark.parametrize("name", UPDATE_RULES)
+@pytest.mark.parametrize("name", ROWS)
 def test_gradients_reach_every_parameter(name):
     rule = build(name)
     _, q, k, v, gates = rule_inputs(rule)
@@ -144,7 +146,7 @@ def test_gradients_reach_every_parameter(name):
 
 
 def test_sum_is_the_only_rule_whose_order_of_writing_does_not_matter():
-    for name in UPDATE_RULES:
+    for name in ROWS:
         rule = build(name)
         _, q, k, v, gates = rule_inputs(rule)
         forward = scan(rule, q, k, v, gates)[1]
@@ -152,7 +154,7 @@ def test_sum_is_the_only_rule_whose_order_of_writing_does_not_matter():
         assert torch.allclose(forward, backward) != rule.order_matters
 
 
-@pytest.mark.parametrize("name", [n for n in UPDATE_RULES if n != "delta"])
+@pytest.mark.parametrize("name", [n for n in ROWS if n != "delta"])
 def test_kappa_clamp_is_refused_where_there_is_no_kappa(name):
     with pytest.raises(ValueError, match="kappa_clamp bounds the attention-normalised delta rule"):
         build(name, normalized=name != "gated-delta", kappa_clamp=True)

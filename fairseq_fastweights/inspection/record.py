@@ -147,12 +147,18 @@ def recording(model: nn.Module) -> Iterator[List[Recording]]:
     The weights are exact for a model in float64; for another they are those of its rounded operands.
 
     Raises:
-        FastWeightError (a ValueError): a forward pass has padding or an incremental state.
+        FastWeightError (a ValueError): a rule of the model is serial, or a forward pass has padding or an incremental
+            state.
     """
     recordings: List[Recording] = []
     hooks = []
     for name, attention in model.named_modules():
         if isinstance(attention, FastWeightAttention):
+            if attention.serial:
+                raise FastWeightError(
+                    f"{name} has the serial update rule {rule_name(attention)}, which is not linear in what it writes: "
+                    "there is no map of weights to show"
+                )
             hooks += _watch(name, attention, recordings)
     try:
         yield recordings

@@ -29,13 +29,19 @@ class FastWeightOptions(FairseqDataclass):
     update_rule: str = field(
         default="delta",
         metadata={
-            "help": "decoder self-attention: softmax, sum, delta, gated-sum, gated-delta, gated-sum-peng"
+            "help": "decoder self-attention: softmax, sum, delta, gated-sum, gated-delta, gated-sum-peng; serial in "
+            "time, slower: delta-rnn, delta-lstm, recurrent-delta-net; serial in depth: delta-mlp, delta-delta-net"
         },
     )
     update_rule_encoder: str = field(
-        default=SOFTMAX, metadata={"help": "encoder self-attention: as --update-rule"}
+        default=SOFTMAX, metadata={"help": "encoder self-attention: as --update-rule, but no serial rule"}
     )
-    update_rule_cross: str = field(default=SOFTMAX, metadata={"help": "cross-attention: as --update-rule"})
+    update_rule_cross: str = field(
+        default=SOFTMAX, metadata={"help": "cross-attention: as --update-rule, but no serial rule"}
+    )
+    delta_mlp_depth: int = field(
+        default=1, metadata={"help": "feed-forward blocks of the fast network of delta-mlp"}
+    )
     feature_map: str = field(
         default="elu", metadata={"help": "elu, relu, dpfp, favor, tanh, identity or softmax"}
     )
@@ -124,6 +130,7 @@ def build_attention(cfg: TransformerConfig, update_rule: str, embed_dim: int, nu
         favor_redraw_interval=cfg.favor_redraw_interval,
         favor_stabilizer=cfg.favor_stabilizer,
         favor_scale_input=cfg.favor_scale_input,
+        delta_mlp_depth=cfg.delta_mlp_depth,
         **site,
     )
 

@@ -13,6 +13,7 @@ from ..feature_maps import (
     NORMALIZATIONS,
     FeatureMap,
     address,
+    at_least_float32,
     build_feature_map,
     exact_matmul,
     normalize,
@@ -23,7 +24,8 @@ from ..ops.checks import check_chunk_size
 from ..ops.chunked import scriptable_scan
 from ..ops.decode import step
 from ..ops.dispatch import check_backend, decoding_state
-from ..update_rules import ATTENTION_EPS, Operands, build_update_rule, rule_class
+from ..rule_base import ATTENTION_EPS, Operands
+from ..update_rules import build_update_rule, rule_class
 
 IncrementalState = Optional[Dict[str, Dict[str, Optional[Tensor]]]]
 
@@ -48,15 +50,17 @@ class FastWeightAttention(nn.Module):
             qn_block_size: as for fairseq's MultiheadAttention. ``dropout`` is accepted and has no effect: there
             are no attention weights to drop.
         causal: whether self-attention sees the past only.
-        update_rule: sum, delta, gated-sum, gated-delta or gated-sum-peng.
+        update_rule: sum, delta, gated-sum, gated-delta or gated-sum-peng; causal only, serial in time: delta-rnn,
+            delta-lstm, recurrent-delta-net; causal only, serial in depth: delta-mlp, delta-delta-net.
         feature_map: elu, relu, dpfp, favor, tanh, identity or softmax.
         key_normalization: of phi(k) and phi(q): sum, l2, none, or auto: what the paper used for the rule
             (sum for delta; none for the sum rules), with l2 in place of sum where features can be negative.
         attention_normalization: true, false, or auto: what the paper used (true for the sum rules).
         kappa_clamp: for the attention-normalised delta rule, bound beta |k|^2 / kappa by 2.
         chunk_size, backend: as for ``ops.fast_weight_scan``.
-        map_options: options of the feature map, named MAP_OPTION as the flags are: dpfp_nu, favor_features,
-            favor_redraw_interval, favor_stabilizer, favor_scale_input. Those of other maps are ignored.
+        options: of the feature map, named MAP_OPTION as the flags are: dpfp_nu, favor_features,
+            favor_redraw_interval, favor_stabilizer, favor_scale_input; and of a serial rule, named alike:
+            delta_mlp_depth. Those of other maps and rules are ignored.
 
     Raises:
         FastWeightError (a ValueError): an argument or a combination that makes no sense.
@@ -83,7 +87,7 @@ class FastWeightAttention(nn.Module):
         kappa_clamp: bool = False,
         chunk_size: Optional[int] = None,
         backend: str = "auto",
-        **map_options,
+        **options,
     ):
         super().__init__()
         if embed_dim % num_heads != 0:
@@ -114,13 +118,18 @@ class FastWeightAttention(nn.Module):
         self.q_proj = projection(embed_dim)
         self.out_proj = projection(embed_dim)
 
-        self.feature_map = build_feature_map(
-            feature_map, self.head_dim, **options_of(feature_map, map_options)
-        )
+        self.feature_map = build_feature_map(feature_map, self.head_dim, **options_of(feature_map, options))
         self.key_normalization, self.normalized = choose_normalization(
             update_rule, self.feature_map, key_normalization, attention_normalization
         )
-        self.rule = build_update_rule(update_rule, self.kdim, num_heads, self.normalized, kappa_clamp)
+        self.serial = rule_class(update_rule).serial
+        rule_options = {}
+        if self.serial:
+            rule_class(update_rule).check_use(self.causal, feature_map, self.key_normalization)
+            rule_options = options_of(update_rule.replace("-", "_"), options)
+        self.rule = build_update_rule(
+            update_rule, self.kdim, num_heads, self.normalized, kappa_clamp, **rule_options
+        )
         # TorchScript sees attributes of the instance only
         self.order_matters = self.rule.order_matters
         self.sum_beside_state = self.normalized and self.rule.carries_sum  # z apart, not a column of S
@@ -222,7 +231,12 @@ class FastWeightAttention(nn.Module):
         return x.view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).permute(1, 2, 0, 3)
 
     def _address(self, x: Tensor, scale: float) -> Tensor:
-        """A projected query or key (T, B, C) -> its normalised features (B, H, T, dk), float32 at least."""
+        """A projected query or key (T, B, C) -> its normalised features (B, H, T, dk), float32 at least.
+
+        A serial rule gets it as projected, (B, H, T, d): what goes through the feature map is in its formula.
+        """
+        if self.serial:
+            return at_least_float32(self._heads(x))
         if torch.jit.is_scripting():
             return normalize(self.feature_map(self._heads(x)), self.key_normalization, scale)
         else:
@@ -258,6 +272,8 @@ class FastWeightAttention(nn.Module):
 
         Returns (out (B, H, T, dv), state, z); out is empty without q.
         """
+        if self.serial and q is not None:
+            return self._scan_serially(q, k, v, gates, padding, state)
         write, erase, log_decay, sums = self._rule_operands(k, gates, padding, z)
         if not torch.jit.is_scripting() and self.stats is not None:
             need_state = True
@@ -284,6 +300,34 @@ class FastWeightAttention(nn.Module):
             self.stats.see(state=state)
         out, z = self._finish(q, out, sums, need_state, z)
         return out, state, z
+
+    @torch.jit.unused
+    def _scan_serially(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: Tensor,
+        padding: Optional[Tensor],
+        state: Optional[Tensor],
+    ) -> Tuple[Tensor, Optional[Tensor], Optional[Tensor]]:
+        """As ``_scan``, by the rule's own scan; all of its state is in one tensor, without a z."""
+
+        def phi(x: Tensor) -> Tensor:
+            return address(self.feature_map, x, self.key_normalization, backend=self.backend)
+
+        def delta(q, k, v, beta, state):
+            if q.shape[2] == 1 and not torch.is_grad_enabled():
+                rows = (x[:, :, 0] for x in (q, k, v, beta, beta))
+                out, state = step(*rows, None, state, None, None)
+                return out[:, :, None], state
+            options = {"chunk_size": self.chunk_size, "backend": self.backend}
+            return fast_weight_scan(q, k, v, write=beta, erase=beta, state=state, **options)
+
+        out, state = self.rule.scan(q, k, v, gates, padding, state, phi, delta)
+        if self.stats is not None:
+            self.stats.see(k=k, v=v, gates=gates, padding=padding, state=state)
+        return out, state, None
 
     def _rule_operands(
         self, k: Tensor, gates: Tensor, padding: Optional[Tensor], z: Optional[Tensor]
@@ -352,7 +396,7 @@ class FastWeightAttention(nn.Module):
         z: Optional[Tensor] = None
         if incremental_state is None:
             out, state, z = self._scan(q, k, v, gates, padding, state, z, False)
-        elif not torch.jit.is_scripting() and self._keeps_state(k):
+        elif not torch.jit.is_scripting() and not self.serial and self._keeps_state(k):
             out = self._read_past_kept(q, k, v, gates, padding, incremental_state)
         else:
             saved = self._get_input_buffer(incremental_state)

@@ -125,10 +125,12 @@ def measure(attention: FastWeightAttention, seen: Dict[str, Optional[Tensor]]) -
     Args:
         attention: whose rule and head_dim are used.
         seen: k (B, H, T, dk); gates; padding (B, 1 or H, T) or None; write, log_decay (B, H, T), erase (B, H, T) or
-            like k: None as in ``Operands``; z (B, H, dk), the sum of the keys before, or None; state (B, H, dk, >= dv).
+            like k: None as in ``Operands``; z (B, H, dk), the sum of the keys before, or None; state (B, H, dk, >= dv),
+            or as a serial rule has it.
 
     Returns:
-        state_norm: Frobenius norm of S after the last token; effective_rank: of S, of the first rows only.
+        state_norm: Frobenius norm of S after the last token; effective_rank: of S, of the first rows only. For a
+        serial rule these two alone.
         write: the write strength w; erased, erased_max: e . k, see ``erased_share``; decay: a; kappa, kappa_min:
         z . k before each write. Those that the rule does not have are missing.
     """
@@ -137,12 +139,14 @@ def measure(attention: FastWeightAttention, seen: Dict[str, Optional[Tensor]]) -
     tokens = int(real[:, 0].sum())
     if tokens == 0:
         return {}
-    state = seen["state"][..., : attention.head_dim]  # without the column that is z
+    state = fast_matrix(attention, seen["state"])
     rows = len(state)
     numbers = {
         "state_norm": (state.flatten(2).norm(dim=-1).mean(), rows),
         "effective_rank": (mean_rank(state[:RANK_ROWS]).to(state.device), rows),
     }
+    if attention.serial:
+        return numbers
     if seen["write"] is not None:
         numbers["write"] = (seen["write"][real].mean(), tokens)
     if seen["erase"] is not None:
@@ -156,6 +160,14 @@ def measure(attention: FastWeightAttention, seen: Dict[str, Optional[Tensor]]) -
         numbers["kappa"] = (kappa.mean(), tokens)
         numbers["kappa_min"] = (kappa.min(), tokens)
     return numbers
+
+
+def fast_matrix(attention: FastWeightAttention, state: Tensor) -> Tensor:
+    """S (B, H, dk, dv) in the state as the attention keeps it; of a serial rule the first part, (B, H, ..., dk, dv)."""
+    if attention.serial:
+        features = state.new_empty(0, 0, 0, attention.feature_map.output_dim)  # as keys have
+        return attention.rule.unpack(state, features)[0]
+    return state[..., : attention.head_dim]  # without the column that is z
 
 
 def mean_rank(state: Tensor) -> Tensor:

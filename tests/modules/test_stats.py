@@ -22,7 +22,7 @@ from fairseq.logging import metrics
 from torch import nn
 
 from fairseq_fastweights.errors import FastWeightError
-from fairseq_fastweights.modules import stats
+from fairseq_fastweights.modules import FastWeightAttention, stats
 from fairseq_fastweights.modules.stats import attach_stats
 
 MEASURED = [case for case in CASES if case.feature_map == "elu"] + [c for c in FEW_CASES if c.rule != "sum"]
@@ -390,3 +390,25 @@ def test_large_and_finite_is_no_reason_to_warn(warnings):
     assert out.isfinite().all() and out.sum().isinf()  # what is looked at first
     attach_stats(model, 100)
     assert warnings(lambda: model(torch.ones(6, 40, 12))) == []
+
+
+@pytest.mark.parametrize("rule, feature_map", [("delta-rnn", "dpfp"), ("recurrent-delta-net", "softmax")])
+def test_a_serial_rule_shows_its_first_matrix(rule, feature_map):
+    width, tokens, rows = 16, 5, 3
+    attention = FastWeightAttention(
+        width, 2, self_attention=True, update_rule=rule, feature_map=feature_map
+    ).eval()
+    x, pads = torch.randn(tokens, rows, width), torch.arange(tokens) >= torch.tensor([5, 3, 5])[:, None]
+    incremental_state = {}
+    with torch.no_grad():
+        attention(x, x, x, key_padding_mask=pads, incremental_state=incremental_state)
+    (kept,) = incremental_state.values()
+    dk = attention.feature_map.output_dim
+    matrices = kept["state"][..., : dk * 8].reshape(rows * 2, dk, 8).double()
+    shares = [s / s.sum() for s in torch.linalg.svdvals(matrices)]
+    ranks = [math.exp(-float((p * p.log()).sum())) for p in shares]
+    attach_stats(attention, 1)
+    found = logged(lambda: attention(x, x, x, key_padding_mask=pads))
+    assert set(found) == {"fw_0_state_norm", "fw_0_effective_rank"}
+    assert found["fw_0_state_norm"] == pytest.approx(float(matrices.flatten(1).norm(dim=-1).mean()), rel=1e-5)
+    assert found["fw_0_effective_rank"] == pytest.approx(sum(ranks) / len(ranks), rel=1e-4)
