@@ -52,7 +52,11 @@ def fast_weight_lm_tiny(args):
 
 
 def _wikitext103(args, width: int) -> None:
-    """The paper's WikiText-103 models: 16 post-norm layers of 8 heads, one tied embedding, no attention biases."""
+    """The paper's WikiText-103 models: 16 post-norm layers of 8 heads, one tied embedding, no attention biases.
+
+    The authors' code has one dropout rate: of the embeddings, after every sublayer, inside the feed-forward layers
+    and of what the adaptive softmax reads.
+    """
     args.decoder_embed_dim = safe_getattr(args, "decoder_embed_dim", width)
     args.decoder_input_dim = safe_getattr(args, "decoder_input_dim", args.decoder_embed_dim)
     args.decoder_output_dim = safe_getattr(args, "decoder_output_dim", args.decoder_embed_dim)
@@ -60,7 +64,8 @@ def _wikitext103(args, width: int) -> None:
     args.decoder_layers = safe_getattr(args, "decoder_layers", 16)
     args.decoder_attention_heads = safe_getattr(args, "decoder_attention_heads", 8)
     args.dropout = safe_getattr(args, "dropout", 0.1)
-    args.activation_dropout = safe_getattr(args, "activation_dropout", 0.1)
+    args.activation_dropout = safe_getattr(args, "activation_dropout", args.dropout)
+    args.adaptive_softmax_dropout = safe_getattr(args, "adaptive_softmax_dropout", args.dropout)
     args.adaptive_input = safe_getattr(args, "adaptive_input", True)
     args.adaptive_input_factor = safe_getattr(args, "adaptive_input_factor", 1)
     args.adaptive_softmax_factor = safe_getattr(args, "adaptive_softmax_factor", 1)
