@@ -45,6 +45,8 @@ def apply() -> None:
     name_missing_checkpoints()
     keep_last_partial_batch()
     make_the_same_batches_on_resume()
+    gather_streams_before_saving()
+    read_prompts_at_once()
     train_bf16_without_tpu()
     restore_numpy_compat_long()
 
@@ -363,6 +365,48 @@ def make_the_same_batches_on_resume() -> None:
 
     if "seed + epoch" in inspect.getsource(FairseqTask.get_batch_iterator):
         _wrap(FairseqTask, "get_batch_iterator", make)
+
+
+def gather_streams_before_saving() -> None:
+    """Let every rank hand over the states of its streams before a checkpoint is written.
+
+    Rank 0 writes the checkpoint, and fairseq asks the others for nothing but a sharded optimizer.
+    Can go when fairseq calls task.state_dict() on all ranks.
+    """
+    from fairseq import checkpoint_utils
+
+    def make(save: Callable) -> Callable:
+        def save_checkpoint(cfg: Any, trainer: Any, epoch_itr: Any, val_loss: Any) -> Any:
+            if hasattr(epoch_itr, "gather_states") and not cfg.no_save:
+                epoch_itr.gather_states(trainer.get_model())
+            return save(cfg, trainer, epoch_itr, val_loss)
+
+        return save_checkpoint
+
+    _wrap(checkpoint_utils, "save_checkpoint", make)
+
+
+def read_prompts_at_once() -> None:
+    """Let fast-weight language models know the prompt that fairseq's generator will feed them token by token.
+
+    Can go when SequenceGenerator hands the whole prompt to the decoder.
+    """
+    from fairseq.sequence_generator import SequenceGenerator
+
+    def make(generate: Callable) -> Callable:
+        def generate_from_prompts(generator: Any, models: Any, sample: Any, **kwargs: Any) -> Any:
+            from .models.prompts import prompts_read_at_once  # the models come after the shims
+
+            prompts, bos = kwargs.get("prefix_tokens"), kwargs.get("bos_token")
+            bos = generator.eos if bos is None else bos
+            known = (prompts, bos, generator.eos, generator.pad, generator.beam_size)
+            with prompts_read_at_once(generator.model.models, *known):
+                return generate(generator, models, sample, **kwargs)
+
+        return generate_from_prompts
+
+    # not _generate, which TorchScript compiles
+    _wrap(SequenceGenerator, "generate", make)
 
 
 def train_bf16_without_tpu() -> None:

@@ -14,6 +14,7 @@ from ..modules.stats import attach_stats
 from .layers import MaskFreeDecoder
 from .loading import ClearLoading
 from .options import SOFTMAX, FastWeightOptions, check_args, set_defaults, transformer_config
+from .streams import CarriesStates
 
 
 @dataclass
@@ -22,8 +23,11 @@ class FastWeightLanguageModelConfig(TransformerLanguageModelConfig, FastWeightOp
 
 
 @register_model("fast_weight_lm", dataclass=FastWeightLanguageModelConfig)
-class FastWeightLanguageModel(ClearLoading, TransformerLanguageModel):
-    """With --update-rule softmax this is fairseq's transformer_lm: same parameters, same outputs."""
+class FastWeightLanguageModel(ClearLoading, CarriesStates, TransformerLanguageModel):
+    """With --update-rule softmax this is fairseq's transformer_lm: same parameters, same outputs.
+
+    A text can be read in segments whose states are carried: see ``CarriesStates``.
+    """
 
     @classmethod
     def build_model(cls, args, task):

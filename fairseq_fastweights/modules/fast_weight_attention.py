@@ -134,6 +134,7 @@ class FastWeightAttention(nn.Module):
         self.order_matters = self.rule.order_matters
         self.sum_beside_state = self.normalized and self.rule.carries_sum  # z apart, not a column of S
         self.stats: Optional[nn.Module] = None  # set by stats.attach_stats
+        self.stream = None  # a CarriedState while a model reads a segment of streams
         self.reset_parameters()
         self.init_incremental_state()
 
@@ -395,7 +396,10 @@ class FastWeightAttention(nn.Module):
         state: Optional[Tensor] = None
         z: Optional[Tensor] = None
         if incremental_state is None:
-            out, state, z = self._scan(q, k, v, gates, padding, state, z, False)
+            if torch.jit.is_scripting():
+                out, state, z = self._scan(q, k, v, gates, padding, state, z, False)
+            else:
+                out = self._read_segment(q, k, v, gates, padding)
         elif not torch.jit.is_scripting() and not self.serial and self._keeps_state(k):
             out = self._read_past_kept(q, k, v, gates, padding, incremental_state)
         else:
@@ -404,6 +408,21 @@ class FastWeightAttention(nn.Module):
                 state, z = saved["state"], saved["z"]
             out, state, z = self._scan(q, k, v, gates, padding, state, z, True)
             self._set_input_buffer(incremental_state, {"state": state, "z": z})
+        return out
+
+    @torch.jit.unused
+    def _read_segment(
+        self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor, padding: Optional[Tensor]
+    ) -> Tensor:
+        """A text from its beginning or, where ``stream`` is set, the next segment of every stream."""
+        stream = self.stream
+        if stream is None:
+            return self._scan(q, k, v, gates, padding, None, None, False)[0]
+        state, z = (None, None) if stream.start is None else stream.start
+        if state is not None and k.shape[2] == 1:
+            state = state.clone()  # a single token is written in place
+        out, state, z = self._scan(q, k, v, gates, padding, state, z, True)
+        stream.finish(state, z)
         return out
 
     @torch.jit.unused

@@ -1,3 +1,8 @@
-"""Registers the synthetic tasks with fairseq."""
+"""Registers the synthetic tasks and stateful language modelling with fairseq."""
 
-from . import associative_retrieval, multi_query_recall, state_tracking  # noqa: F401
+from . import (  # noqa: F401
+    associative_retrieval,
+    multi_query_recall,
+    state_tracking,
+    stateful_language_modeling,
+)

@@ -1,0 +1,251 @@
+"""fairseq's commands with --task stateful_language_modeling: runs that stop, run on two processes, evaluate a text."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import (
+    PACKAGE,
+    TINY_LM,
+    TRAIN,
+    assert_same_training,
+    assert_same_tree,
+    load,
+    run,
+    run_logged,
+)
+from fairseq.data import Dictionary, data_utils
+from test_training_runs import two_processes
+
+from fairseq_fastweights import FastWeightError
+from fairseq_fastweights.tasks import stateful_language_modeling
+
+MODEL = ["--user-dir", PACKAGE, "--arch", "fast_weight_lm", *TINY_LM, "--no-token-positional-embeddings"]
+TASK = "--task stateful_language_modeling --tokens-per-sample 16 --max-target-positions 64".split()
+VALIDATING = [flag for flag in TRAIN if flag != "--disable-validation"]
+
+
+def train(data, save_dir, *flags, common=VALIDATING):
+    """In this process; the last checkpoint. 120 sentences, about 600 tokens, 8 streams: 5 segments an epoch."""
+    run("train", data.words, *MODEL, *TASK, *common, "--save-dir", save_dir, *flags)
+    return save_dir / "checkpoint_last.pt"
+
+
+def segments_of_an_epoch(data, streams=8, length=16):
+    dictionary = Dictionary.load(str(data.words / "dict.txt"))
+    text = data_utils.load_indexed_dataset(str(data.words / "train"), dictionary)
+    return math.ceil(math.ceil(sum(text.sizes) / streams) / length)
+
+
+# --- training
+
+RUNS = {
+    "delta": ["--batch-size-valid", "3"],
+    "normalized": ["--attention-normalization", "true", "--num-workers", "1"],
+    "accumulated": ["--update-rule", "gated-delta", "--update-freq", "2", "--state-gradient"],
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_resumed_run_equals_the_run_that_was_not_stopped(data, tmp_path, kind):
+    updates = math.ceil(segments_of_an_epoch(data) / (2 if kind == "accumulated" else 1))  # an epoch
+    assert updates > 2
+    flags = [*RUNS[kind], "--validate-interval-updates", "1"]
+    expected = train(data, tmp_path / "whole", *flags, "--max-update", 2 * updates + 1)
+    half = train(data, tmp_path / "half", *flags, "--max-update", updates + 1)  # inside the second epoch
+    streams = load(half)["extra_state"]["train_iterator"]["streams"]
+    assert streams["layout"] == {"streams": 8, "tokens_per_sample": 16, "reset_at": None}
+    assert streams["attentions"][0][0].shape == (8, 2, 8, 8)
+    assert streams["attentions"][0][0].abs().min(3)[0].min() > 0
+    train(data, tmp_path / "half", *flags, "--max-update", 2 * updates + 1)
+    assert_same_training(tmp_path / "half" / "checkpoint_last.pt", expected)
+    again = load(tmp_path / "half" / "checkpoint_last.pt")["extra_state"]["train_iterator"]
+    assert_same_tree(
+        list(again["streams"]["attentions"][0][:1]),
+        list(load(expected)["extra_state"]["train_iterator"]["streams"]["attentions"][0][:1]),
+    )
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_no_states(data, tmp_path):
+    checkpoint = train(data, tmp_path, "--max-epoch", 1)
+    assert "streams" not in load(checkpoint)["extra_state"]["train_iterator"]
+
+
+def test_other_streams_after_a_stop_begin_at_zero_and_say_so(data, tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(stateful_language_modeling.logger, "warning", warnings.append)
+    train(data, tmp_path, "--max-update", 2)
+    assert warnings == []
+    checkpoint = train(data, tmp_path, "--batch-size", 4, "--max-update", 3)
+    layout = load(checkpoint)["extra_state"]["train_iterator"]["streams"]["layout"]
+    assert layout == {"streams": 4, "tokens_per_sample": 16, "reset_at": None}
+    assert warnings == [
+        "the checkpoint holds 8 streams in segments of 16, this run has 4 streams in segments of 16: "
+        "states begin at zero"
+    ]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):
+    flags = ["--dropout", "0", "--optimizer", "sgd", "--lr", "0.5", "--attention-normalization", "true"]
+    # stopped and resumed inside the epoch: each rank gets its streams back
+    for updates in (2, 3):
+        arguments = [data.words, *MODEL, *TASK, *TRAIN, *flags, "--batch-size", 4]
+        two_processes(*arguments, "--max-update", updates, "--save-dir", tmp_path / "two")
+    # and they go on in one process, since they are the same streams
+    one, two = (
+        load(train(data, tmp_path / n, *flags, "--max-update", 4, common=TRAIN)) for n in ("one", "two")
+    )
+    for name, expected in one["model"].items():
+        torch.testing.assert_close(two["model"][name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    states = [x["extra_state"]["train_iterator"]["streams"]["attentions"] for x in (one, two)]
+    for expected, result in zip(*states, strict=True):
+        for a, b in zip(expected, result, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--max-tokens", "100", "--batch-size-valid", "2"], "--batch-size gives the number of streams"),
+        (["--update-rule", "softmax", "--batch-size", "2"], "softmax attention has no state"),
+        (["--sample-break-mode", "complete", "--batch-size", "2"], "--sample-break-mode must be none"),
+    ],
+)
+def test_mistakes_are_one_line(data, tmp_path, flags, message):
+    i = TRAIN.index("--batch-size")
+    common = TRAIN[:i] + TRAIN[i + 2 :]
+    with pytest.raises(FastWeightError, match=message):
+        train(data, tmp_path, *flags, common=common)
+
+
+# --- evaluation
+
+
+@pytest.fixture(scope="module")
+def checkpoint(data, tmp_path_factory):
+    """A delta rule with attention normalisation, trained over three epochs of streams."""
+    save_dir = tmp_path_factory.mktemp("stateful")
+    return train(data, save_dir, "--attention-normalization", "true", "--max-epoch", 3, common=TRAIN)
+
+
+def evaluate(data, checkpoint, *flags):
+    """(tokens, loss) of fairseq-eval-lm on the test split."""
+    log = run_logged("eval_lm", data.words, "--user-dir", PACKAGE, "--cpu", "--path", checkpoint, *flags)
+    tokens = re.search(r"Evaluated ([\d,]+) tokens", log)[1]
+    return int(tokens.replace(",", "")), float(re.search(r"Loss \(base 2\): ([\d.]+)", log)[1])
+
+
+def test_perplexity_does_not_depend_on_the_segments(data, checkpoint):
+    task = ["--task", "stateful_language_modeling"]
+    found = [evaluate(data, checkpoint, *task, "--tokens-per-sample", n) for n in (7, 64, 1000)]
+    text = (data.text / "test.xx").read_text()
+    assert found[0] == (len(text.split()) + text.count("\n"), pytest.approx(found[1][1], abs=1e-4))
+    assert found[1] == found[2]
+    at_once = evaluate(
+        data,
+        checkpoint,
+        "--task",
+        "language_modeling",
+        "--tokens-per-sample",
+        1000,
+        "--model-overrides",
+        "{'max_target_positions': 1000}",
+    )
+    assert at_once == found[2]
+
+
+def test_separate_texts_and_parallel_streams(data, checkpoint):
+    task = ["--task", "stateful_language_modeling", "--tokens-per-sample", 64]
+    sentences = "--task language_modeling --sample-break-mode eos --tokens-per-sample 64".split()
+    assert evaluate(data, checkpoint, *task, "--reset-at", "</s>") == evaluate(data, checkpoint, *sentences)
+    tokens, loss = evaluate(data, checkpoint, *task)
+    in_three = evaluate(data, checkpoint, *task, "--batch-size", 3)
+    assert in_three[0] == tokens and 0 < abs(in_three[1] - loss) < 0.5
+
+
+def test_validate_and_generate_take_the_checkpoint(data, checkpoint):
+    task = ["--task", "stateful_language_modeling", "--tokens-per-sample", 64]
+    common = [data.words, "--user-dir", PACKAGE, "--cpu", "--path", checkpoint]
+    log = run_logged("validate", *common, *task, "--valid-subset", "test", "--batch-size", 1)
+    loss = float(re.search(r"\bloss ([\d.]+)", log)[1])
+    assert loss == pytest.approx(evaluate(data, checkpoint, *task)[1], abs=1e-3)
+    with pytest.raises(FastWeightError, match="needs --sample-break-mode eos"):
+        run("generate", *common, *task, "--batch-size", 1)
+    flags = "--sample-break-mode eos --beam 2 --prefix-size 1 --max-len-b 5 --batch-size 4".split()
+    both = [run("generate", *common, "--task", name, *flags) for name in (task[1], "language_modeling")]
+    assert both[0] == both[1] and len(re.findall("^H-", both[0], re.MULTILINE)) == 21
+
+
+# not getrusage's ru_maxrss, which begins at the size of the process that started this one
+MEASURED = """
+from fairseq_cli.eval_lm import cli_main
+cli_main()
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """100,000 tokens against 1,000, in one stream; what is kept of a segment would be 64 kB."""
+    words = [f"w{i}" for i in range(8)]
+    peaks = {}
+    for split, tokens in (("short", 1000), ("long", 100_000)):
+        lines = [" ".join(words[(i * j) % 8] for j in range(9)) for i in range(tokens // 10)]
+        (tmp_path / split).write_text("\n".join(lines) + "\n")
+    pref = f"{tmp_path / 'short'},{tmp_path / 'long'}"
+    run(
+        "preprocess",
+        "--only-source",
+        "--trainpref",
+        tmp_path / "short",
+        "--testpref",
+        pref,
+        "--destdir",
+        tmp_path / "data",
+    )
+    wide = "--decoder-layers 1 --decoder-embed-dim 128 --decoder-ffn-embed-dim 16 --decoder-attention-heads 1"
+    run(
+        "train",
+        tmp_path / "data",
+        "--user-dir",
+        PACKAGE,
+        "--arch",
+        "fast_weight_lm",
+        *wide.split(),
+        "--no-token-positional-embeddings",
+        *TASK,
+        *TRAIN,
+        "--save-dir",
+        tmp_path,
+        "--max-update",
+        1,
+    )
+    for split, subset in (("short", "test"), ("long", "test1")):
+        command = [
+            tmp_path / "data",
+            "--user-dir",
+            PACKAGE,
+            "--cpu",
+            "--path",
+            tmp_path / "checkpoint_last.pt",
+            "--task",
+            "stateful_language_modeling",
+            "--tokens-per-sample",
+            128,
+            "--gen-subset",
+            subset,
+            "--num-workers",
+            0,
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *map(str, command)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks[split] = int(done.stdout.split()[-1])
+    assert peaks["long"] < 1.05 * peaks["short"]
