@@ -2,10 +2,10 @@
 # What takes too long for every change: each recipe from its beginning to its end in its --smoke form, on the CPU.
 #
 #     bash tests/run_long.sh            # all: a minute or so of processor time a row
-#     bash tests/run_long.sh small      # only the rows whose name contains this
+#     bash tests/run_long.sh small      # only the recipes whose name contains this
 #
 # TEXT=folder holds train.txt, valid.txt and test.txt (default: made of this repository's documents). Takes the .venv of
-# tests/run.sh, or VENV=folder. A row that this version cannot run yet fails like any other; failures are named at the end.
+# tests/run.sh, or VENV=folder. Failures are named at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -26,16 +26,23 @@ if [ -z "${TEXT:-}" ]; then
 fi
 
 failed=()
-for row in $(sed -n '/| published |/!s/^| `\([a-z0-9-]*\)` |.*/\1/p' "$recipes/WIKITEXT103.md"); do
-    [[ $row == *"$wanted"* ]] || continue
-    started=$SECONDS
-    if WORK=$work/recipes bash "$recipes/train_wikitext103.sh" --smoke "$text" "$row" > "$work/log" 2>&1; then
-        echo "$row: $((SECONDS - started)) s, $(tail -n 1 "$work/log")"
+
+# smoke NAME COMMAND ...: run it if it is wanted
+smoke() {
+    local name=$1 started=$SECONDS
+    [[ $name == *"$wanted"* ]] || return 0
+    if "${@:2}" > "$work/log" 2>&1; then
+        echo "$name: $((SECONDS - started)) s, $(tail -n 1 "$work/log")"
     else
-        echo "$row: FAILED"
+        echo "$name: FAILED"
         sed 's/^/    /' "$work/log" | tail -n 15
-        failed+=("$row")
+        failed+=("$name")
     fi
+}
+
+WORK=$work/wikitext2 RESULTS='' smoke wikitext2 bash "$recipes/compare_wikitext2.sh" --smoke "$text"
+for row in $(sed -n '/| published |/!s/^| `\([a-z0-9-]*\)` |.*/\1/p' "$recipes/WIKITEXT103.md"); do
+    WORK=$work/recipes smoke "$row" bash "$recipes/train_wikitext103.sh" --smoke "$text" "$row"
     rm -rf "$work/recipes/models"
 done
 if [ ${#failed[@]} -gt 0 ]; then

@@ -49,6 +49,11 @@ check_stride() {
         || fail "STRIDE must be 1 to $window, the length of the windows, got $stride"
 }
 
+# how many streams a validation of a carried row reads: 10 in all, as the authors' (fairseq: the batch of the training)
+validation_streams() {
+    [ "$(column 3)" != carried ] || echo --batch-size-valid $((processes < 10 ? 10 / processes : 1))
+}
+
 # share out the sequences of an update: over GPUs, and over steps whose gradients are added up
 share_out() {
     gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
@@ -78,7 +83,7 @@ training_command() {
         --criterion adaptive_loss --ddp-backend legacy_ddp
         --optimizer torch_adam --lr 2.5e-4 --clip-norm 0.25
         --lr-scheduler cosine --warmup-updates "$warmup" --max-update "$updates"
-        --batch-size $((sequences / processes / accumulate)) --update-freq "$accumulate"
+        --batch-size $((sequences / processes / accumulate)) --update-freq "$accumulate" $(validation_streams)
         --required-batch-size-multiple 1 --distributed-world-size "$processes" ${device[@]+"${device[@]}"} --seed 1111
         --validate-interval 1000 --validate-interval-updates "$interval"
         --save-interval 1000 --save-interval-updates "$interval" --keep-interval-updates 1 --no-epoch-checkpoints
@@ -106,15 +111,21 @@ windows() {
 # one stream from its beginning to its end, in segments, the state carried
 stream() { echo $(reading) --tokens-per-sample "$window" --batch-size 1; }
 
+# where a result lies: of windows, another for every stride
+result() { # SPLIT
+    if [ "$(column 3)" = window ]; then echo "$model/$1-stride$stride"; else echo "$model/$1"; fi
+}
+
 evaluate() { # SPLIT
-    local how=windows
+    local how=windows result
+    result=$(result "$1")
     [ "$(column 3)" = window ] || how=stream
     fairseq-eval-lm "$work/bin" --user-dir "$root/fairseq_fastweights" --path "$model/checkpoint_best.pt" \
         --gen-subset "$1" $($how) --num-workers 1 --distributed-world-size 1 ${device[@]+"${device[@]}"} \
-        --no-progress-bar > "$model/$1.log" 2>&1 || fail "fairseq-eval-lm failed: see $model/$1.log"
-    sed -n 's/.*Perplexity: \([0-9.]*\).*/\1/p' "$model/$1.log" > "$model/$1.ppl.part"
-    [ -s "$model/$1.ppl.part" ] || fail "fairseq-eval-lm gave no perplexity: see $model/$1.log"
-    mv "$model/$1.ppl.part" "$model/$1.ppl"
+        --no-progress-bar > "$result.log" 2>&1 || fail "fairseq-eval-lm failed: see $result.log"
+    sed -n 's/.*Perplexity: \([0-9.]*\).*/\1/p' "$result.log" > "$result.ppl.part"
+    [ -s "$result.ppl.part" ] || fail "fairseq-eval-lm gave no perplexity: see $result.log"
+    mv "$result.ppl.part" "$result.ppl"
 }
 
 # words N FILE: its first N words
@@ -165,7 +176,10 @@ mkdir -p "$model"
 say "Training $row (log: $model/train.log)"
 if [ -e "$model/trained" ]; then echo "   (already there: $model)"; else train; touch "$model/trained"; fi
 for split in valid test; do
-    say "Evaluating $row on $split (log: $model/$split.log)"
-    if [ -e "$model/$split.ppl" ]; then echo "   (already there: $model/$split.ppl)"; else evaluate $split; fi
+    result=$(result $split)
+    say "Evaluating $row on $split (log: $result.log)"
+    if [ -e "$result.ppl" ]; then echo "   (already there: $result.ppl)"; else evaluate $split; fi
 done
-say "Perplexity of $row: valid $(cat "$model/valid.ppl") (published $(column 5)), test $(cat "$model/test.ppl") (published $(column 6))"
+apart=
+if [ "$(column 3)" = window ] && [ "$stride" != 1 ]; then apart=" (windows $stride apart; published: 1)"; fi
+say "Perplexity of $row$apart: valid $(cat "$(result valid).ppl") (published $(column 5)), test $(cat "$(result test).ppl") (published $(column 6))"

@@ -23,10 +23,11 @@ def prompts_read_at_once(
     """
     prompted = []
     common = 0 if prompts is None else common_length(prompts, eos, pad)
-    if common > 1:  # one token is no gain
-        tokens = torch.cat([prompts.new_full((len(prompts), 1), bos), prompts[:, :common]], dim=1)
-        for model in models:
-            if isinstance(model, CarriesStates) and model.has_states_only():
+    for model in models:
+        if isinstance(model, CarriesStates) and model.has_states_only():
+            read = min(common, model.max_positions())  # fairseq reads no more of it either
+            if read > 1:  # one token is no gain
+                tokens = torch.cat([prompts.new_full((len(prompts), 1), bos), prompts[:, :read]], dim=1)
                 model.decoder.forward = functools.partial(prompted_forward, Prompt(model, tokens, beam))
                 prompted.append(model.decoder)
     try:

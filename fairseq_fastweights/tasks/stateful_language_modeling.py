@@ -9,9 +9,8 @@ model has any, count from the beginning of a segment.
 """
 
 import contextlib
-import logging
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+from typing import List, Optional
 
 import numpy as np
 from fairseq.tasks import register_task
@@ -21,8 +20,6 @@ from omegaconf import II
 from ..errors import FastWeightError
 from ..models.streams import CarriesStates
 from .text_streams import Segments, StreamIterator, Text, streams_of_this_rank
-
-logger = logging.getLogger(__name__)
 
 TASK = "task stateful_language_modeling"
 # options of language_modeling that would change the text, and the value that leaves it as it is
@@ -115,7 +112,10 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         if not isinstance(dataset, Text):
             return super().get_batch_iterator(dataset, max_tokens, max_sentences, **options)
         if max_sentences is None and max_tokens is not None:
-            raise FastWeightError(f"{TASK}: --batch-size gives the number of streams, --max-tokens does not")
+            raise FastWeightError(
+                f"{TASK}: --batch-size gives the number of streams, --max-tokens does not; for generation add "
+                "--sample-break-mode eos"
+            )
         if options.get("skip_remainder_batch") or options.get("grouped_shuffling"):
             raise FastWeightError(
                 f"{TASK} reads the whole text in order: drop --skip-remainder-batch and --grouped-shuffling"
@@ -130,7 +130,12 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
         eos, pad = self.dictionary.eos(), self.dictionary.pad()
         return StreamIterator(
             Segments(dataset, streams, length, eos, pad, self._resets(dataset)),
-            layout={"streams": streams, "tokens_per_sample": length, "reset_at": self.args.reset_at},
+            layout={
+                "streams": streams,
+                "tokens": len(dataset),
+                "tokens_per_sample": length,
+                "reset_at": self.args.reset_at,
+            },
             resume=self._resume,
             num_shards=ranks,
             shard_id=options.get("shard_id", 0),
@@ -210,13 +215,9 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
             model.restore_states(self.states_before_update)
         self.update_began, self.states_before_update = began, model.carried_states()
 
-    def _resume(self, saved: Optional[Dict[str, Any]], layout: Dict[str, Any]) -> None:
-        """Training goes on in the middle of an epoch, from the streams that a checkpoint holds, if they are these."""
-        if saved is not None and saved["layout"] == layout:
-            self.saved_states = saved["attentions"]
-            return
-        was = "no streams" if saved is None else describe(saved["layout"])
-        logger.warning(f"the checkpoint holds {was}, this run has {describe(layout)}: states begin at zero")
+    def _resume(self, attentions: list) -> None:
+        """Training goes on in the middle of an epoch, from the streams that a checkpoint holds."""
+        self.saved_states = attentions
 
 
 # --- checks
@@ -275,8 +276,3 @@ def own_rows(states: list, like) -> list:
     return [
         None if state is None else tuple(streams_of_this_rank(x, like) for x in state) for state in states
     ]
-
-
-def describe(layout: Dict[str, Any]) -> str:
-    resets = "" if layout["reset_at"] is None else f" reset at {layout['reset_at']}"
-    return f"{layout['streams']} streams in segments of {layout['tokens_per_sample']}{resets}"

@@ -1,5 +1,6 @@
 """A text as parallel streams of segments, in the order in which a model that carries its state must read them."""
 
+import logging
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -8,6 +9,8 @@ from fairseq.data import FairseqDataset
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.distributed import utils as distributed_utils
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 SCANNED_AT_ONCE = 1 << 20  # tokens
 
@@ -77,7 +80,7 @@ class Segments(FairseqDataset):
         segment, stream = divmod(index, self.streams)
         if segment >= len(self.begins_anew[stream]):  # this stream has ended
             empty = torch.empty(0, dtype=torch.long)
-            return {"id": index, "source": empty, "target": empty, "begins_anew": False}
+            return {"id": index, "source": empty, "target": empty, "begins_anew": segment == 0}
         start, end = self.edges[stream][segment : segment + 2]
         target = self.text.read(start, end)
         before = self.text.read(start - 1, start) if start > 0 else torch.tensor([self.eos])
@@ -96,7 +99,8 @@ class Segments(FairseqDataset):
     def collater(self, samples: List[Dict[str, Any]]) -> Dict[str, Any]:
         """The batch that fairseq's criteria and SequenceScorer read; ``segment`` of ``segments`` says where it is."""
         lengths = torch.tensor([len(sample["target"]) for sample in samples])
-        shape = len(samples), int(lengths.max())  # (B, T)
+        # (B, T); where all streams have ended one pad a row, since not every layer knows texts of no token
+        shape = len(samples), max(1, int(lengths.max()))
         source, target = (torch.full(shape, self.pad) for _ in range(2))
         for b, sample in enumerate(samples):
             source[b, : lengths[b]] = sample["source"]
@@ -124,8 +128,8 @@ class Segments(FairseqDataset):
 class StreamIterator(EpochBatchIterator):
     """fairseq's iterator, whose ``state_dict`` has in the middle of an epoch the states of the streams, too:
 
-    {"layout": what the segments depend on, "attentions": [(state, z) of the streams of all ranks, ...]}, which
-    ``load_state_dict`` hands, with the present layout, to ``resume``.
+    {"layout": what the segments depend on, "attentions": [(state, z) of the streams of all ranks, ...]}.
+    ``load_state_dict`` hands the latter to ``resume``, or begins the epoch anew if the layout is another.
     """
 
     def __init__(
@@ -158,9 +162,21 @@ class StreamIterator(EpochBatchIterator):
         return state_dict
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        inside, streams = state_dict.get("iterations_in_epoch", 0) > 0, state_dict.get("streams")
+        if inside and streams is not None and streams["layout"] == self.layout:
+            self.resume(streams["attentions"])
+        elif inside:
+            was = "no streams" if streams is None else describe(streams["layout"])
+            now = f"this run has {describe(self.layout)}: epoch {state_dict['epoch']} begins anew"
+            logger.warning(f"the checkpoint holds {was}, {now}")
+            state_dict = {**state_dict, "iterations_in_epoch": 0}
         super().load_state_dict(state_dict)
-        if state_dict.get("iterations_in_epoch", 0) > 0:
-            self.resume(state_dict.get("streams"), self.layout)
+
+
+def describe(layout: Dict[str, Any]) -> str:
+    resets = "" if layout["reset_at"] is None else f", reset at {layout['reset_at']}"
+    tokens = f"{layout['tokens']} tokens in segments of {layout['tokens_per_sample']}"
+    return f"{layout['streams']} streams of {tokens}{resets}"
 
 
 def all_streams(x: Tensor) -> Tensor:

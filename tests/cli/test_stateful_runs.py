@@ -22,7 +22,7 @@ from fairseq.data import Dictionary, data_utils
 from test_training_runs import two_processes
 
 from fairseq_fastweights import FastWeightError
-from fairseq_fastweights.tasks import stateful_language_modeling
+from fairseq_fastweights.tasks import text_streams
 
 MODEL = ["--user-dir", PACKAGE, "--arch", "fast_weight_lm", *TINY_LM, "--no-token-positional-embeddings"]
 TASK = "--task stateful_language_modeling --tokens-per-sample 16 --max-target-positions 64".split()
@@ -35,10 +35,15 @@ def train(data, save_dir, *flags, common=VALIDATING):
     return save_dir / "checkpoint_last.pt"
 
 
-def segments_of_an_epoch(data, streams=8, length=16):
+def tokens(data) -> int:
+    """Of the training text."""
     dictionary = Dictionary.load(str(data.words / "dict.txt"))
-    text = data_utils.load_indexed_dataset(str(data.words / "train"), dictionary)
-    return math.ceil(math.ceil(sum(text.sizes) / streams) / length)
+    text = data_utils.load_indexed_dataset(str(data.words / "train"), dictionary)  # closes its file at its end
+    return int(sum(text.sizes))
+
+
+def segments_of_an_epoch(data, streams=8, length=16):
+    return math.ceil(math.ceil(tokens(data) / streams) / length)
 
 
 # --- training
@@ -58,7 +63,8 @@ def test_resumed_run_equals_the_run_that_was_not_stopped(data, tmp_path, kind):
     expected = train(data, tmp_path / "whole", *flags, "--max-update", 2 * updates + 1)
     half = train(data, tmp_path / "half", *flags, "--max-update", updates + 1)  # inside the second epoch
     streams = load(half)["extra_state"]["train_iterator"]["streams"]
-    assert streams["layout"] == {"streams": 8, "tokens_per_sample": 16, "reset_at": None}
+    layout = {"streams": 8, "tokens": tokens(data), "tokens_per_sample": 16, "reset_at": None}
+    assert streams["layout"] == layout
     assert streams["attentions"][0][0].shape == (8, 2, 8, 8)
     assert streams["attentions"][0][0].abs().min(3)[0].min() > 0
     train(data, tmp_path / "half", *flags, "--max-update", 2 * updates + 1)
@@ -75,17 +81,19 @@ def test_a_checkpoint_at_the_end_of_an_epoch_holds_no_states(data, tmp_path):
     assert "streams" not in load(checkpoint)["extra_state"]["train_iterator"]
 
 
-def test_other_streams_after_a_stop_begin_at_zero_and_say_so(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("streams", [4, 200])  # an epoch of more segments, and of fewer than were read
+def test_other_streams_after_a_stop_begin_the_epoch_anew_and_say_so(data, tmp_path, monkeypatch, streams):
     warnings = []
-    monkeypatch.setattr(stateful_language_modeling.logger, "warning", warnings.append)
+    monkeypatch.setattr(text_streams.logger, "warning", warnings.append)
     train(data, tmp_path, "--max-update", 2)
     assert warnings == []
-    checkpoint = train(data, tmp_path, "--batch-size", 4, "--max-update", 3)
-    layout = load(checkpoint)["extra_state"]["train_iterator"]["streams"]["layout"]
-    assert layout == {"streams": 4, "tokens_per_sample": 16, "reset_at": None}
+    checkpoint = train(data, tmp_path, "--batch-size", streams, "--max-update", 3)
+    iterator = load(checkpoint)["extra_state"]["train_iterator"]
+    ended = tokens(data) <= 16 * streams
+    assert (iterator["epoch"], iterator["iterations_in_epoch"]) == ((2, 0) if ended else (1, 1))
+    size = f"{tokens(data)} tokens in segments of 16"
     assert warnings == [
-        "the checkpoint holds 8 streams in segments of 16, this run has 4 streams in segments of 16: "
-        "states begin at zero"
+        f"the checkpoint holds 8 streams of {size}, this run has {streams} streams of {size}: epoch 1 begins anew"
     ]
 
 

@@ -228,12 +228,14 @@ def test_two_updates(row, text, binarised):
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses), log[-2000:]
 
 
+FEW = "--decoder-layers 1 --decoder-ffn-embed-dim 16".split()
+
+
 @pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     """One row from its beginning to its end, with a small model: where it worked, and what it printed twice."""
     work = tmp_path_factory.mktemp("finished")
-    few = "--decoder-layers 1 --decoder-ffn-embed-dim 16".split()
-    row = ("train_wikitext103.sh", "--smoke", text, "small-delta", *few)
+    row = ("train_wikitext103.sh", "--smoke", text, "small-delta", *FEW)
     return work, [bash(*row, WORK=str(work)) for _ in range(2)]
 
 
@@ -245,6 +247,16 @@ def test_a_row_from_its_beginning_to_its_end(finished):
         result,
     )
     assert again.count("already there") == 4 and result in again
+
+
+def test_every_stride_has_a_result_of_its_own(finished, text):
+    work, (printed, _) = finished
+    row = ("train_wikitext103.sh", "--smoke", text, "small-delta", *FEW)
+    again = bash(*row, WORK=str(work), STRIDE="64")
+    assert again.count("already there") == 2  # the data and the training
+    result = again.splitlines()[-1]
+    assert result.startswith("== Perplexity of small-delta (windows 64 apart; published: 1): valid")
+    assert re.findall(r"valid ([0-9.]+)", result) != re.findall(r"small-delta: valid ([0-9.]+)", printed)
 
 
 WINDOW = 64  # with --smoke

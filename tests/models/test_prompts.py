@@ -79,6 +79,15 @@ def test_prompts_read_at_once(monkeypatch, lengths_scanned, rule, positions):
     assert "forward" not in vars(model.decoder)
 
 
+def test_a_prompt_longer_than_the_models_positions_is_cut_as_fairseq_cuts_it(monkeypatch, lengths_scanned):
+    model = lively(lm_model(update_rule="delta", decoder_learned_pos=True))
+    longest = model.max_positions()
+    prompt = torch.arange(2 * (longest + 6)).view(2, -1) % 7 + WORDS.nspecial
+    expected = stepwise(monkeypatch, [model], prompt, 2)
+    assert_same_hypotheses(search([model], prompt, 2), expected)
+    assert lengths_scanned == [longest]
+
+
 def test_ensembles_and_adaptive_softmax(monkeypatch, lengths_scanned):
     adaptive = {"adaptive_softmax_cutoff": "8,12", "adaptive_softmax_dropout": 0.0}
     for models in (

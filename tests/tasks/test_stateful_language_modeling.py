@@ -137,7 +137,7 @@ def test_every_token_is_predicted_once_from_the_token_before_it(tokens, streams,
             stream = i % ranks * (streams // ranks) + row
             size = int(sample["net_input"]["src_lengths"][row])
             assert (target[row, size:] == PAD).all()
-            assert bool(sample["net_input"]["stream_start"][row]) == (i < ranks and size > 0)
+            assert bool(sample["net_input"]["stream_start"][row]) == (i < ranks)
             sources[stream] += source[row, :size].tolist()
             targets[stream] += target[row, :size].tolist()
     sizes = [len(target) for target in targets]
@@ -190,6 +190,25 @@ def test_streams_are_independent_and_begin_anew_in_every_epoch(rule, normalized)
             expected.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
         for _ in range(2):
             assert_close(read_in_segments(model, samples, text, streams=3), torch.cat(expected))
+
+
+@pytest.mark.parametrize("positions", [True, False])
+@pytest.mark.parametrize("rule, normalized", RULES)
+def test_where_all_streams_have_ended_nothing_is_read_and_no_state_moves(rule, normalized, positions):
+    options = {"attention_normalization": normalized, "no_token_positional_embeddings": not positions}
+    model = build_model(build_task(), update_rule=rule, **options)
+    segments = Segments(text_of(6), 4, 2, EOS, PAD, NO_RESETS)  # streams of 2, 2, 1 and 1 tokens
+    segments.segments = 2  # as if another rank had more
+    began, ended = (segments.collater([segments[i] for i in batch]) for batch in segments.batches(1))
+    assert ended["ntokens"] == 0 and not ended["net_input"]["stream_start"].any()
+    model.train()
+    model(**began["net_input"])
+    before = [x.clone() for state in model.carried_states() for x in state if x is not None]
+    model(**ended["net_input"])[0].sum().backward()
+    after = [x for state in model.carried_states() for x in state if x is not None]
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x, y)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("rule, normalized", [("delta", "true"), ("gated-sum", "true")])
