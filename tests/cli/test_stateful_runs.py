@@ -38,7 +38,9 @@ def train(data, save_dir, *flags, common=VALIDATING):
 def tokens(data) -> int:
     """Of the training text."""
     dictionary = Dictionary.load(str(data.words / "dict.txt"))
-    text = data_utils.load_indexed_dataset(str(data.words / "train"), dictionary)  # closes its file at its end
+    text = data_utils.load_indexed_dataset(
+        str(data.words / "train"), dictionary
+    )  # closes its file at its end
     return int(sum(text.sizes))
 
 
