@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What takes too long for every change: each recipe from its beginning to its end in its --smoke form, on the CPU.
+# What takes too long for every change, on the CPU: each recipe from its beginning to its end in its --smoke form, and the
+# tests that are marked long.
 #
 #     bash tests/run_long.sh            # all: a minute or so of processor time a row
 #     bash tests/run_long.sh small      # only the recipes whose name contains this
@@ -45,6 +46,9 @@ for row in $(sed -n '/| published |/!s/^| `\([a-z0-9-]*\)` |.*/\1/p' "$recipes/W
     WORK=$work/recipes smoke "$row" bash "$recipes/train_wikitext103.sh" --smoke "$text" "$row"
     rm -rf "$work/recipes/models"
 done
+if [ -z "$wanted" ]; then
+    python -m pytest -q -m long tests || failed+=("pytest -m long")
+fi
 if [ ${#failed[@]} -gt 0 ]; then
     echo "tests/run_long.sh: failed: ${failed[*]}" >&2
     exit 1

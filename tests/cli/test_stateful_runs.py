@@ -52,7 +52,7 @@ def segments_of_an_epoch(data, streams=8, length=16):
 
 RUNS = {
     "delta": ["--batch-size-valid", "3"],
-    "normalized": ["--attention-normalization", "true", "--num-workers", "1"],
+    "normalized": ["--attention-normalization", "true"],
     "accumulated": ["--update-rule", "gated-delta", "--update-freq", "2", "--state-gradient"],
 }
 
