@@ -43,6 +43,14 @@ def poisoned_memory(monkeypatch):
                 monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that share a fixture of their file run in one worker (pytest --dist loadgroup), which makes it once."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs.values() if hasattr(item, "_fixtureinfo") else ()
+        if any(definition.scope == "module" for found in definitions for definition in found):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
     """Under tests/run.sh, which installs everything, a skipped test is a failed one: nobody would notice it."""

@@ -38,4 +38,4 @@ echo "== ruff"
 "$venv/bin/ruff" format --check .
 echo "== pytest"
 # one thread a worker: two threads that wait for each other on a busy core take many times longer
-NO_SKIPS=1 OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -q -n "${WORKERS:-2}" "$@"
+NO_SKIPS=1 OMP_NUM_THREADS=1 exec "$venv/bin/python" -m pytest -q -n "${WORKERS:-2}" --dist loadgroup "$@"

@@ -143,6 +143,9 @@ class StreamIterator(EpochBatchIterator):
             disable_shuffling=True,
             **options,
         )
+        # the task makes an iterator an epoch and a validation: workers that outlive it would be ended by Python's
+        # garbage collector, which waits 5 seconds for each
+        self.persistent_workers = False
         self.layout, self.resume = layout, resume
         self.states: Optional[Dict[str, Any]] = None
 

@@ -28,14 +28,19 @@ TRAIN = (
     "--optimizer adam --lr 0.01 --batch-size 8 --dropout 0.1 --disable-validation --no-progress-bar "
     "--no-epoch-checkpoints --required-batch-size-multiple 1 --seed 3 --num-workers 0 --cpu"
 ).split()
+READ_BATCHES = ("train", "validate", "generate", "interactive", "eval_lm")
 EVERYWHERE = "--update-rule delta --update-rule-encoder delta --update-rule-cross delta".split()
 FAVOR = "--feature-map favor --favor-features 6".split()
 
 
 def run(command, *arguments) -> str:
-    """What fairseq-COMMAND prints to stdout, run in this process."""
+    """What fairseq-COMMAND prints to stdout, run in this process. Batches are made there, too, unless --num-workers
+    says otherwise: Python's garbage collector waits 5 seconds for the workers of one command during the next."""
     main = importlib.import_module(f"fairseq_cli.{command}").cli_main
-    before, sys.argv = sys.argv, [command, *map(str, arguments)]
+    words = [command, *map(str, arguments)]
+    if command in READ_BATCHES and "--num-workers" not in words:
+        words += ["--num-workers", "0"]
+    before, sys.argv = sys.argv, words
     try:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             main()

@@ -1,4 +1,8 @@
-"""The kernels compile for every architecture by NVRTC without spills, and fit it."""
+"""The kernels compile for every architecture by NVRTC without spills, and fit it.
+
+For every change the oldest and the newest architecture and two shapes; the rest, some 150 compilations, is marked long:
+the committed table of registers, which names the sources that it was made of, has all of them.
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import kernel_registers as kernels  # noqa: E402
 
 REGISTERS_OF_A_BLOCK = 65536
+ARCHITECTURES = list(kernels.ARCHITECTURES)
+
+
+def long_but(some, everything):
+    """The parameters ``everything``, of which all but ``some`` are long."""
+    assert set(some) < set(everything)
+    return [pytest.param(x, marks=() if x in some else pytest.mark.long) for x in everything]
+
+
+SOME_SHAPES = long_but(("wt103 small, DPFP-1", "head 64, ELU, with z"), kernels.SHAPES)
+SOME_ARCHITECTURES = long_but((ARCHITECTURES[0], ARCHITECTURES[-1]), ARCHITECTURES)
 
 
 def check(configurations, arch):
@@ -21,20 +36,20 @@ def check(configurations, arch):
         assert row["shared"] <= kernels.ARCHITECTURES[arch] * 1024, row
 
 
-@pytest.mark.parametrize("shape", kernels.SHAPES)
+@pytest.mark.parametrize("shape", SOME_SHAPES)
 def test_scan_and_step(shape):
     """All rules at all sizes for one architecture: 3 seconds a compilation."""
     check([*kernels.scans("sm_90", shape), *kernels.steps(shape)], "sm_90")
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHITECTURES)
+@pytest.mark.parametrize("arch", SOME_ARCHITECTURES)
 def test_the_largest_and_decoding(arch):
     """Where most registers are in use; the other sizes and rules are in the committed table, below."""
     check([c for c in kernels.scans(arch, "head 128, ELU") if ", gated" not in c.what], arch)
     check([c for name in kernels.SHAPES for c in kernels.steps(name)], arch)
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHITECTURES)
+@pytest.mark.parametrize("arch", SOME_ARCHITECTURES)
 def test_feature_maps(arch):
     check(kernels.maps(), arch)
 

@@ -121,13 +121,7 @@ def small(described: dict) -> dict:
     return changed
 
 
-# the others differ from these in flags that the WikiText-103 rows have too
-SOON = ("softmax", "gated-delta+elu", "delta+elu,carried")
-
-
-@pytest.mark.parametrize(
-    "row", [row if row in SOON else pytest.param(row, marks=pytest.mark.long) for row in ROWS]
-)
+@pytest.mark.parametrize("row", ROWS)
 def test_two_updates_of_a_row_and_its_evaluation(pieces, row):
     for function in (fairseq_train.should_stop_early, checkpoint_utils.save_checkpoint):
         vars(function).pop("best", None)  # of the run before

@@ -1,5 +1,7 @@
 """A text read in segments whose state is carried is the text read at once; and every token is read once, in order."""
 
+import gc
+import multiprocessing
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -445,3 +447,17 @@ def test_segments_fit_the_positions_of_the_model(length):
     refused = pytest.raises(FastWeightError, match="at most the model's 16 positions, got 17")
     with refused if length > 16 else nullcontext():
         batches(task, text_of(30))
+
+
+def test_workers_end_with_their_epoch():
+    """Not when Python's garbage collector finds their loader, which then waits 5 seconds for each."""
+    gc.disable()
+    try:
+        batches = build_task().get_batch_iterator(text_of(30), num_workers=1, data_buffer_size=2)
+        assert len(list(batches.next_epoch_itr())) == 6
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.join(timeout=10)
+        assert not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
