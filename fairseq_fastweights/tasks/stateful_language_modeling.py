@@ -22,6 +22,7 @@ from ..models.streams import CarriesStates
 from .text_streams import Segments, StreamIterator, Text, streams_of_this_rank
 
 TASK = "task stateful_language_modeling"
+FAIRSEQS_MAX_TOKENS = 36000  # what fairseq-eval-lm hands over when --max-tokens is not given
 # options of language_modeling that would change the text, and the value that leaves it as it is
 UNCHANGED = {
     "output_dictionary_size": -1,
@@ -159,7 +160,9 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
             )
         if not isinstance(dataset, Text):
             raise FastWeightError(f"{TASK}: --sample-break-mode eos is for generation, evaluation needs none")
-        iterator = self.get_batch_iterator(dataset, max_sentences=batch_size or 1, **options)
+        asked = max_tokens if batch_size is None and max_tokens != FAIRSEQS_MAX_TOKENS else None
+        streams = 1 if batch_size is None and asked is None else batch_size
+        iterator = self.get_batch_iterator(dataset, max_tokens=asked, max_sentences=streams, **options)
         return iterator.next_epoch_itr(shuffle=False)
 
     def inference_step(self, generator, models, sample, prefix_tokens=None, constraints=None):

@@ -434,6 +434,15 @@ def test_batches_that_make_no_sense_are_refused(message):
         build_task().get_batch_iterator(text_of(30), **REFUSED_BATCHES[message])
 
 
+def test_evaluation_reads_one_stream_and_does_not_ignore_max_tokens():
+    (sample, *_) = build_task().eval_lm_dataloader(text_of(30), max_tokens=36000)
+    assert sample["target"].shape == (1, 5)
+    with pytest.raises(
+        FastWeightError, match="--batch-size gives the number of streams, --max-tokens does not"
+    ):
+        build_task().eval_lm_dataloader(text_of(30), max_tokens=512)
+
+
 def test_a_context_window_is_refused():
     with pytest.raises(FastWeightError, match="--context-window must be 0, got 8"):
         build_task().eval_lm_dataloader(text_of(30), context_window=8)
