@@ -58,6 +58,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": [
+            "fastweights-convert=fairseq_fastweights.convert.__main__:main",
             "fastweights-compare=fairseq_fastweights.compare.__main__:main",
             "fastweights-inspect=fairseq_fastweights.inspection.__main__:main",
         ]

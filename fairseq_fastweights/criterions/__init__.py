@@ -1,3 +1,3 @@
 """Losses beside fairseq's own."""
 
-from . import half_squared_error  # noqa: F401
+from . import attention_distillation, half_squared_error  # noqa: F401

@@ -13,7 +13,7 @@ from fairseq.utils import safe_getattr
 from ..modules.stats import attach_stats
 from .layers import MaskFreeDecoder
 from .loading import ClearLoading
-from .options import SOFTMAX, FastWeightOptions, check_args, set_defaults, transformer_config
+from .options import SOFTMAX, FastWeightOptions, check_args, freeze, set_defaults, transformer_config
 from .streams import CarriesStates
 
 
@@ -38,6 +38,7 @@ class FastWeightLanguageModel(ClearLoading, CarriesStates, TransformerLanguageMo
             cfg, embed_tokens = transformer_config(args), model.decoder.embed_tokens
             model = cls(MaskFreeDecoder(cfg, task.target_dictionary, embed_tokens, no_encoder_attn=True))
         attach_stats(model, safe_getattr(args, "fast_weight_stats", 0))
+        freeze(model, safe_getattr(args, "train_only", "all"))
         return model
 
 

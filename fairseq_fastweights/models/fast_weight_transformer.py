@@ -18,15 +18,15 @@ from ..modules.stats import attach_stats
 from .layers import FastWeightEncoder, decoder_class
 from .loading import ClearLoading
 from .options import (
+    SITES,
     SOFTMAX,
     FastWeightOptions,
     check_args,
     flat_namespace,
+    freeze,
     set_defaults,
     transformer_config,
 )
-
-SITES = ("update_rule", "update_rule_encoder", "update_rule_cross")
 
 
 @register_model("fast_weight_transformer")
@@ -47,6 +47,7 @@ class FastWeightTransformerModel(ClearLoading, TransformerModel):
         check_args(args, SITES)
         model = super().build_model(args, task)
         attach_stats(model, args.fast_weight_stats)
+        freeze(model, args.train_only)
         return model
 
     @classmethod

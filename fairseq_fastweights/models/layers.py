@@ -11,7 +11,7 @@ from fairseq.modules.transformer_layer import (
 )
 from torch import Tensor, nn
 
-from .options import SOFTMAX, build_attention
+from .options import SOFTMAX, build_site
 
 
 class FastWeightEncoderLayer(TransformerEncoderLayerBase):
@@ -21,14 +21,7 @@ class FastWeightEncoderLayer(TransformerEncoderLayerBase):
         if cfg.update_rule_encoder == SOFTMAX:
             return super().build_self_attention(embed_dim, cfg)
         self.can_use_fastpath = False  # 0.12.2: torch's fused encoder layer would bypass a replaced attention
-        return build_attention(
-            cfg,
-            cfg.update_rule_encoder,
-            embed_dim,
-            cfg.encoder.attention_heads,
-            self_attention=True,
-            causal=False,
-        )
+        return build_site(cfg, "update_rule_encoder")
 
 
 class FastWeightDecoderLayer(TransformerDecoderLayerBase):
@@ -37,22 +30,12 @@ class FastWeightDecoderLayer(TransformerDecoderLayerBase):
     def build_self_attention(self, embed_dim, cfg, add_bias_kv=False, add_zero_attn=False):
         if cfg.update_rule == SOFTMAX:
             return super().build_self_attention(embed_dim, cfg, add_bias_kv, add_zero_attn)
-        return build_attention(
-            cfg, cfg.update_rule, embed_dim, cfg.decoder.attention_heads, self_attention=True
-        )
+        return build_site(cfg, "update_rule")
 
     def build_encoder_attention(self, embed_dim, cfg):
         if cfg.update_rule_cross == SOFTMAX:
             return super().build_encoder_attention(embed_dim, cfg)
-        return build_attention(
-            cfg,
-            cfg.update_rule_cross,
-            embed_dim,
-            cfg.decoder.attention_heads,
-            kdim=cfg.encoder.embed_dim,
-            vdim=cfg.encoder.embed_dim,
-            encoder_decoder_attention=True,
-        )
+        return build_site(cfg, "update_rule_cross")
 
 
 def wrap_layer(layer: nn.Module, cfg) -> nn.Module:

@@ -9,6 +9,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.models.transformer import TransformerConfig
 from fairseq.utils import safe_getattr
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from ..errors import FastWeightError
 from ..modules import FastWeightAttention
@@ -16,6 +17,7 @@ from ..modules import FastWeightAttention
 logger = logging.getLogger(__name__)
 
 SOFTMAX = "softmax"  # the choice that leaves fairseq's own attention in place
+SITES = ("update_rule", "update_rule_encoder", "update_rule_cross")
 
 
 @dataclass
@@ -83,6 +85,10 @@ class FastWeightOptions(FairseqDataclass):
         default=0,
         metadata={"help": "log state norms, write strengths, ... every N updates, 0: never"},
     )
+    train_only: str = field(
+        default="all",
+        metadata={"help": "all, or attention: parameters outside of fast-weight attention stay as they are"},
+    )
 
 
 def set_defaults(args) -> None:
@@ -135,8 +141,45 @@ def build_attention(cfg: TransformerConfig, update_rule: str, embed_dim: int, nu
     )
 
 
+def build_site(cfg: TransformerConfig, site: str) -> FastWeightAttention:
+    """The fast-weight attention of ``site``, a name in ``SITES``; its rule must not be softmax."""
+    stack = cfg.encoder if site == "update_rule_encoder" else cfg.decoder
+    where = {"self_attention": True, "causal": site == "update_rule"}
+    if site == "update_rule_cross":
+        width = cfg.encoder.embed_dim
+        where = {"kdim": width, "vdim": width, "encoder_decoder_attention": True}
+    return build_attention(cfg, getattr(cfg, site), stack.embed_dim, stack.attention_heads, **where)
+
+
+def freeze(model: nn.Module, train_only: str) -> None:
+    """With ``train_only`` "attention", parameters outside of fast-weight attention need no gradient any more.
+
+    fairseq's trainer hands the optimizer those that need one, once the model is built.
+
+    Raises:
+        FastWeightError (a ValueError): another word than all or attention, or a model without fast weights.
+    """
+    if train_only == "all":
+        return
+    if train_only != "attention":
+        raise FastWeightError(f"--train-only must be all or attention, got {train_only!r}")
+    attentions = [module for module in model.modules() if isinstance(module, FastWeightAttention)]
+    if not attentions:
+        raise FastWeightError("--train-only attention: the model has no fast-weight attention to train")
+    model.requires_grad_(False)
+    for attention in attentions:
+        attention.requires_grad_(True)
+
+
 def check_args(args, sites: tuple) -> None:
     """Refuse what fast weights cannot do, before anything is built. ``sites`` are names of rule options."""
+    if safe_getattr(args, "train_only", "all") != "all" and safe_getattr(
+        args, "checkpoint_activations", False
+    ):
+        raise FastWeightError(
+            "--train-only attention and --checkpoint-activations exclude each other: a layer whose input needs no "
+            "gradient would get none"
+        )
     rules = [safe_getattr(args, site, SOFTMAX) for site in sites]
     if all(rule == SOFTMAX for rule in rules):
         return

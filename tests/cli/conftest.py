@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from commands import EVERYWHERE, run, train_lm, train_translation, write_sentences
+from conversions import KINDS, train_softmax
 from fairseq import checkpoint_utils
 from fairseq_cli import train as fairseq_train
 
@@ -40,3 +41,10 @@ def translation(data, tmp_path_factory):
 def language_model(data, tmp_path_factory):
     """The checkpoint of a language model with the delta rule."""
     return train_lm(data.words, tmp_path_factory.mktemp("lm"), "--max-update", 60)
+
+
+@pytest.fixture(scope="session")
+def softmax_models(data, tmp_path_factory):
+    """Checkpoints of fairseq's own models, by task: what users convert."""
+    folder = tmp_path_factory.mktemp("softmax")
+    return {kind: train_softmax(kind, data, folder / kind, "--max-update", 30) for kind in KINDS}
