@@ -42,8 +42,9 @@ EXTRAS = {
         "nvidia-cuda-nvrtc>=13",
     ],
 }
-EXTRAS["examples"] = EXTRAS["fairseq"] + EXTRAS["cpu"] + EXTRAS["compare"]
-EXTRAS["test"] += EXTRAS["cpu"] + EXTRAS["compare"]
+SUBWORDS = ["subword-nmt>=0.3.8", "sacremoses>=0.1"]  # examples/translation with PIECES=subword-nmt
+EXTRAS["examples"] = EXTRAS["fairseq"] + EXTRAS["cpu"] + EXTRAS["compare"] + SUBWORDS
+EXTRAS["test"] += EXTRAS["cpu"] + EXTRAS["compare"] + SUBWORDS
 
 setup(
     name="fairseq_fastweights",

@@ -4,13 +4,16 @@
 #
 #     bash tests/run_long.sh            # all: a minute or so of processor time a row
 #     bash tests/run_long.sh small      # only the recipes whose name contains this
+#     bash tests/run_long.sh wmt14      # those of translation: wmt14-ROW, and multi30k
 #
-# TEXT=folder holds train.txt, valid.txt and test.txt (default: made of this repository's documents). Takes the .venv of
-# tests/run.sh, or VENV=folder. Failures are named at the end.
+# TEXT=folder holds train.txt, valid.txt and test.txt, PAIRS=folder the same of .en and .de (default: made of this repository's
+# documents, the German side being the words of a line in reverse). Takes the .venv of tests/run.sh, or VENV=folder.
+# Failures are named at the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 recipes=examples/language_model
+translation=examples/translation
 wanted=${1:-}
 [ -x "$venv/bin/fairseq-train" ] || { echo "tests/run_long.sh: no fairseq in $venv: run tests/run.sh first" >&2; exit 1; }
 
@@ -25,6 +28,22 @@ if [ -z "${TEXT:-}" ]; then
     cp CONTRIBUTING.md "$text/valid.txt"
     cp CHANGELOG.md "$text/test.txt"
 fi
+
+pairs=${PAIRS:-$work/pairs}
+if [ -z "${PAIRS:-}" ]; then
+    mkdir "$pairs"
+    for split in train valid test; do
+        grep -v '^ *$' "$text/$split.txt" | cut -d ' ' -f -30 | head -n 300 > "$pairs/$split.en"
+        awk '{ for (i = NF; i > 1; i--) printf "%s ", $i; print $1 }' "$pairs/$split.en" > "$pairs/$split.de"
+    done
+fi
+# by the names that Multi30k has
+mkdir "$work/multi30k-text"
+for language in en de; do
+    cp "$pairs/train.$language" "$work/multi30k-text/train.$language"
+    cp "$pairs/valid.$language" "$work/multi30k-text/val.$language"
+    cp "$pairs/test.$language" "$work/multi30k-text/test_2016_flickr.$language"
+done
 
 failed=()
 
@@ -45,6 +64,11 @@ WORK=$work/wikitext2 RESULTS='' smoke wikitext2 bash "$recipes/compare_wikitext2
 for row in $(sed -n '/| published |/!s/^| `\([a-z0-9-]*\)` |.*/\1/p' "$recipes/WIKITEXT103.md"); do
     WORK=$work/recipes smoke "$row" bash "$recipes/train_wikitext103.sh" --smoke "$text" "$row"
     rm -rf "$work/recipes/models"
+done
+WORK=$work/multi30k RESULTS='' smoke multi30k bash "$translation/compare_multi30k.sh" --smoke "$work/multi30k-text"
+for row in $(sed -n 's/^| `\([a-z0-9-]*\)` |.*/\1/p' "$translation/WMT14.md"); do
+    WORK=$work/wmt14 smoke "wmt14-$row" bash "$translation/train_wmt14.sh" --smoke "$pairs" "$row"
+    rm -rf "$work/wmt14/models"
 done
 if [ -z "$wanted" ]; then
     python -m pytest -q -m long tests || failed+=("pytest -m long")

@@ -2,7 +2,8 @@
 
     python sentencepieces.py TEXT OUT --languages en de --size 4000
 
-TEXT holds {train,valid,test}.{en,de}; OUT gets the same names, and spm.model, learned from train.
+TEXT holds {train,valid,test}.{en,de}; OUT gets the same names, and spm.model, learned from train: from all of it, or
+from --sentences lines of it, drawn by a fixed seed.
 """
 
 import argparse
@@ -11,8 +12,9 @@ from pathlib import Path
 import sentencepiece
 
 
-def learn(text: Path, languages: list[str], size: int, kind: str, prefix: Path) -> None:
-    """Write prefix.model. bos, eos and pad are fairseq's business."""
+def learn(text: Path, languages: list[str], size: int, kind: str, prefix: Path, sentences: int = 0) -> None:
+    """Write prefix.model. bos, eos and pad are fairseq's business. ``sentences`` 0: all lines."""
+    sentencepiece.set_random_generator_seed(1)
     sentencepiece.SentencePieceTrainer.train(
         input=[str(text / f"train.{language}") for language in languages],
         model_prefix=str(prefix),
@@ -23,6 +25,8 @@ def learn(text: Path, languages: list[str], size: int, kind: str, prefix: Path) 
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
+        input_sentence_size=sentences,
+        shuffle_input_sentence=sentences > 0,
         minloglevel=2,
     )
 
@@ -43,9 +47,10 @@ def main() -> None:
     parser.add_argument("--languages", nargs="+", required=True)
     parser.add_argument("--size", type=int, default=4000)
     parser.add_argument("--type", choices=("unigram", "bpe"), default="unigram")
+    parser.add_argument("--sentences", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    learn(args.text, args.languages, args.size, args.type, args.out / "spm")
+    learn(args.text, args.languages, args.size, args.type, args.out / "spm", args.sentences)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "spm.model"))
     for split in ("train", "valid", "test"):
         for language in args.languages:

@@ -32,15 +32,5 @@ if [ -n "$smoke" ]; then
 fi
 bash "$here/prepare_text.sh" "$text" "$work/data"
 
-say "Training and evaluating (logs: $work/runs)"
-cd "$root"  # the grid names the plugin as seen from here
-# shellcheck disable=SC2086 # ROWS and smoke are words
-grid() { python "$here/grid_in.py" "$here/wikitext2.yaml" "$work" $smoke "$@"; }
-grid > "$work/grid.yaml"
-grid --rows ${ROWS:-} > "$work/now.yaml"
-python -m fairseq_fastweights.compare run "$work/now.yaml" --jobs "${JOBS:-1}" || failed=$?
-if [ -z "$smoke" ] || [ -n "${RESULTS:-}" ]; then
-    say "Results"
-    python "$here/results.py" "$work" --into "$results"
-fi
-exit "${failed:-0}"
+source "$root/examples/compare/run_rows.sh"
+run_rows "$here/wikitext2.yaml"

@@ -30,13 +30,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 fail() { printf 'prepare_wikitext103: %s\n' "$*" >&2; exit 1; }
 
-download() {
-    mkdir -p "$work"
-    command -v curl > /dev/null || fail "the download needs curl"
-    curl --fail --location --continue-at - --output "$work/wikitext-103-v1.zip.part" "$url" \
-        || fail "cannot download $url: run this again to continue, or set URL to another mirror of wikitext-103-v1.zip"
-    mv "$work/wikitext-103-v1.zip.part" "$work/wikitext-103-v1.zip"
-}
+source "$root/examples/download.sh"
 
 extract() {
     rm -rf "$work/extracted"
@@ -94,7 +88,7 @@ else
     say "WikiText-103"
     text=$work/text
     if [ ! -d "$text" ]; then
-        [ -f "$work/wikitext-103-v1.zip" ] || download
+        download "$url" "$work/wikitext-103-v1.zip" contents
         extract
     fi
 fi

@@ -6,6 +6,7 @@
 # URL=address is another mirror of wikitext-2-v1.zip; the original one, s3.amazonaws.com/research.metamind.io, refuses.
 # Whoever has the three files needs no download: prepare_text.sh and compare_wikitext2.sh take their folder.
 set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
 url=${URL:-https://wikitext.smerity.com/wikitext-2-v1.zip}
 
 # of the official text, train.txt with 2,088,628 tokens and valid.txt and test.txt with 217,646 and 245,569 (<eos> counted)
@@ -15,18 +16,18 @@ d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0  test.txt"
 
 fail() { printf 'prepare_wikitext2: %s\n' "$*" >&2; exit 1; }
 
+source "$root/examples/download.sh"
+
 [ $# = 1 ] || fail "usage: prepare_wikitext2.sh OUT"
 out=$1
 if [ -e "$out/test.txt" ]; then echo "   (already there: $out)"; exit; fi
-part=$out.part
+part=$out.part archive=$out.zip
+download "$url" "$archive" contents
 rm -rf "$part" && mkdir -p "$part"
-command -v curl > /dev/null || fail "the download needs curl"
-curl --fail --silent --show-error --location --output "$part/text.zip" "$url" \
-    || fail "cannot download $url: try again, or set URL to another mirror of wikitext-2-v1.zip"
-python3 -m zipfile -e "$part/text.zip" "$part" || fail "$url is no zip file"
+python3 -m zipfile -e "$archive" "$part" || fail "$url is no zip file: delete $archive and run this again"
 for split in train valid test; do
     mv "$part/wikitext-2/wiki.$split.tokens" "$part/$split.txt" || fail "$url holds no wikitext-2/wiki.$split.tokens"
 done
-(cd "$part" && sha256sum --quiet -c - <<< "$checksums") || fail "$url holds another text than WikiText-2 (above)"
-rm -r "$part/text.zip" "$part/wikitext-2"
+(cd "$part" && sha256sum --quiet -c - <<< "$checksums") || fail "$url holds another text than WikiText-2 (above): delete $archive"
+rm -r "$archive" "$part/wikitext-2"
 mkdir -p "$out" && mv "$part"/*.txt "$out" && rmdir "$part"

@@ -6,21 +6,27 @@ Only rows that are trained and evaluated are written. A perplexity per word is t
 per word: the probability of the text is the same, spread over fewer tokens.
 """
 
-import argparse
-import os
-import platform
-import re
 import sys
-import tempfile
 from pathlib import Path
 
-from fairseq_fastweights.compare.grid import Grid, read_grid
-from fairseq_fastweights.compare.plots import draw_curves
-from fairseq_fastweights.compare.runs import find_runs
-from fairseq_fastweights.compare.tables import SEED_IN_NAME, Row, group, markdown, spread
-
 HERE = Path(__file__).resolve().parent
-START, END = "<!-- results -->", "<!-- /results -->"
+sys.path.insert(0, str(HERE.parent / "compare"))
+
+from results_in_readme import (  # noqa: E402
+    arguments,
+    command_of,
+    draw,
+    finished_rows,
+    machine,
+    unfinished,
+    write_between_marks,
+)
+
+from fairseq_fastweights.compare.grid import Grid, read_grid  # noqa: E402
+from fairseq_fastweights.compare.tables import Row, markdown, spread  # noqa: E402
+
+USUAL = "examples/language_model/wikitext2"
+NEW_LINES = "arch|decoder-layers|tokens|optimizer|lr |validate|log-format|task|path|save-dir"
 TITLES = (
     "row",
     "runs",
@@ -32,17 +38,6 @@ TITLES = (
     "tokens/s",
     "minutes",
 )
-
-
-def finished_rows(grid: Grid) -> list[Row]:
-    """The rows of the grid, in its order, without the runs that are not evaluated yet."""
-    folders = [job.folder for job in grid.jobs if job.next_step() is None]
-    if not folders:
-        raise SystemExit(f"results.py: no row in {grid.out} is finished")
-    rows = group(find_runs(folders))
-    for row in rows:
-        row.label = SEED_IN_NAME.sub("", row.label)
-    return rows
 
 
 def pieces_per_word(data: Path) -> dict[str, float]:
@@ -67,67 +62,27 @@ def cells(row: Row, ratio: dict[str, float]) -> list[str]:
     return [row.label, str(len(row.runs)), *(spread(column, len(column)) for column in columns)]
 
 
-def command_of(grid: Grid, row: str, step: str) -> str:
-    """A command as the grid has it, in its usual folder."""
-    job = next((job for job in grid.jobs if job.name.startswith(row)), grid.jobs[0])
-    words = job.command(step).replace(str(grid.out.parent), "examples/language_model/wikitext2")
-    return re.sub(
-        r" (--(arch|decoder-layers|tokens|optimizer|lr |validate|log-format|task|path|save-dir))",
-        r" \\\n    \1",
-        words,
-    )
-
-
-def machine() -> str:
-    """The processor and how many of its cores there are."""
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    return (
-        f"{named.group(1) if named else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    )
-
-
 def results(grid: Grid, rows: list[Row], ratio: dict[str, float]) -> str:
     """What stands between the marks of README.md."""
-    unfinished = [job.name for job in grid.jobs if job.next_step()]
+    commands = [command_of(grid, "delta+elu", step, USUAL, NEW_LINES) for step in ("train", "evaluate")]
     table = markdown(TITLES, [cells(row, ratio) for row in rows])
     parts = [
         table,
         f"Trained on: {machine()}. `minutes` is the training with its validations.\n",
-        *([f"Not finished: {', '.join(unfinished)}.\n"] if unfinished else []),
+        *unfinished(grid),
         "![validation perplexity by updates](wikitext2.png)\n",
         "One row by hand, from the folder of the clone:\n",
-        f"```bash\n{command_of(grid, 'delta+elu', 'train')}\n{command_of(grid, 'delta+elu', 'evaluate')}\n```\n",
+        f"```bash\n{commands[0]}\n{commands[1]}\n```\n",
     ]
     return "\n".join(parts)
 
 
-def write_between_marks(readme: Path, text: str) -> None:
-    before, start, rest = readme.read_text().partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise SystemExit(f"results.py: {readme} lacks {START} or {END}")
-    readme.write_text(f"{before}{start}\n\n{text}\n{end}{after}")
-
-
-def draw(rows: list[Row], folder: Path) -> None:
-    """wikitext2.png and .svg: validation perplexity by updates."""
-    with tempfile.TemporaryDirectory(dir=folder) as drawn:
-        for path in draw_curves(rows, "ppl", Path(drawn)):
-            path.replace(folder / f"wikitext2{path.suffix}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--into", type=Path, default=HERE)
-    args = parser.parse_args()
+    args = arguments(__doc__, HERE)
     grid = read_grid(args.work / "grid.yaml")
     rows = finished_rows(grid)
     write_between_marks(args.into / "README.md", results(grid, rows, pieces_per_word(args.work / "data")))
-    draw(rows, args.into)
+    draw(rows, "ppl", args.into / "wikitext2")
     print(f"{len(rows)} rows written into {args.into / 'README.md'}")
 
 

@@ -142,6 +142,19 @@ def draw_cost(rows: Sequence[Row], metric: str, cost: str, folder: Path) -> List
     return figure.written
 
 
+def draw_groups(
+    rows: Sequence[Tuple[str, Sequence[float]]], groups: Sequence[str], across: str, up: str, path: Path
+) -> List[Path]:
+    """path.png and path.svg: a curve a row over groups that are named, such as lengths; nan leaves a gap."""
+    with _figure(path) as figure:
+        for i, (label, values) in enumerate(rows):
+            figure.axes.plot(range(len(groups)), values, label=label, **look(i))
+        figure.axes.set_xticks(range(len(groups)), groups)
+        figure.axes.set_xlabel(across)
+        figure.axes.set_ylabel(up)
+    return figure.written
+
+
 def look(i: int) -> Dict[str, Any]:
     """Colour, marker and line style of row ``i``: 315 rows before one comes again."""
     return {

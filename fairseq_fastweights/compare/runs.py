@@ -181,13 +181,13 @@ def _add_checkpoint(run: Run, subset: Optional[str]) -> None:
     last = _first_file(run.path, "checkpoint_last.pt", "checkpoint_best.pt")
     if last is None:
         return
-    state = _load(last)
+    state = load_checkpoint(last)
     run.options = run.options or flatten(state.get("cfg") or state.get("args"))
     run.updates = run.updates if run.updates is not None else _updates(state)
     run.seconds = run.seconds or state.get("extra_state", {}).get("previous_training_time")
     run.parameters = run.parameters or _trained_parameters(state)
     best_path = run.path / "checkpoint_best.pt"
-    best_state = _load(best_path) if best_path.is_file() and best_path != last else state
+    best_state = load_checkpoint(best_path) if best_path.is_file() and best_path != last else state
     best, metric = best_state.get("extra_state", {}).get("best"), run.options.get("best_checkpoint_metric")
     if not run.subsets and best is not None and metric:
         updates = _updates(best_state) if best_path.is_file() else run.updates
@@ -204,7 +204,8 @@ def _first_file(folder: Path, *names: str) -> Optional[Path]:
     return next((path for path in [folder / name for name in names] + others if path.is_file()), None)
 
 
-def _load(path: Path) -> dict:
+def load_checkpoint(path: Path) -> dict:
+    """A checkpoint, as data. FastWeightError if it is missing, holds code, or is no checkpoint of fairseq."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - a damaged file can raise anything

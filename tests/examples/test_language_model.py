@@ -16,7 +16,7 @@ from fairseq_cli import train as fairseq_train
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples/language_model"
-sys.path[:0] = [str(ROOT / "tests/cli"), str(RECIPES)]
+sys.path[:0] = [str(ROOT / "tests/cli"), str(ROOT / "examples/compare"), str(RECIPES)]
 
 import results  # noqa: E402
 from commands import run_logged  # noqa: E402

@@ -1,8 +1,9 @@
-"""Prints a grid with its data and runs in another folder, and perhaps fewer rows, for compare_wikitext2.sh.
+"""Prints a grid with its data and runs in another folder, and perhaps fewer rows, for run_rows.sh.
 
     python grid_in.py wikitext2.yaml WORK [--rows softmax delta+elu] [--smoke]
 
-WORK takes the place of the folder that is written in the grid. --smoke: two updates, to see that everything starts.
+WORK takes the place of the folder in which the grid's own ``out`` lies. --smoke: two updates, to see that everything
+starts.
 """
 
 import argparse
@@ -10,14 +11,14 @@ from pathlib import Path
 
 import yaml
 
-WORK = "examples/language_model/wikitext2/"
 # the last value of a flag counts
 SMOKE = "--max-update 2 --warmup-updates 1 --validate-interval-updates 2 --log-interval 1"
 
 
 def grid_in(grid: Path, work: Path, rows: list[str], smoke: bool) -> dict:
     """The grid as it is to be run. ValueError if a row is asked for that it does not have."""
-    described = yaml.safe_load(grid.read_text().replace(WORK, f"{work}/"))
+    usual = Path(yaml.safe_load(grid.read_text())["out"]).parent
+    described = yaml.safe_load(grid.read_text().replace(f"{usual}/", f"{work}/"))
     unknown = [row for row in rows if row not in described["rows"]]
     if unknown:
         raise ValueError(f"no row {unknown[0]!r} in {grid.name}: it has {' '.join(described['rows'])}")
