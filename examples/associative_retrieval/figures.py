@@ -3,12 +3,14 @@
     pip install matplotlib
     python examples/associative_retrieval/figures.py     # seconds; any number of finished runs
 
-Writes capacity.svg and .png (setting 1), overwriting.svg and .png (setting 2), results.csv with the last row of every
-finished run, as the paper's figures show it, and the table in README.md. published.csv has the authors' last rows (from
+Adds the last row of every finished run, as the paper's figures show it, to results.csv, in place of an earlier one, and
+draws what is there: capacity.svg and .png (setting 1), overwriting.svg and .png (setting 2), the table in README.md.
+published.csv has the authors' last rows (from
 synthetic/logs of github.com/ischlag/fast-weight-transformers, one seed).
 """
 
 import csv
+import logging
 from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
@@ -16,7 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from grid import CURVES, HERE, OVERWRITING, RUNS, Run  # noqa: E402
+from grid import CURVES, HERE, OVERWRITING, RESULTS, RUNS, Run, read_rows  # noqa: E402
 
 from fairseq_fastweights.compare.plots import STYLE  # noqa: E402
 
@@ -45,25 +47,31 @@ Points = Dict[str, List[Tuple[int, float, int]]]  # curve: keys, last loss, upda
 
 
 def ours() -> Points:
-    """The last rows of what has finished."""
-    points: Points = {curve: [] for curve in CURVES}
+    """The last rows of what has finished, here or earlier."""
+    found = {
+        Run(row["curve"], int(row["keys"])): (float(row["final_loss"]), int(row["updates"]))
+        for row in read_rows(RESULTS)
+    }
     for file in RUNS.glob("*.finished"):
         curve, _, size = file.stem.rpartition("-")
-        step, loss = Run(curve, int(size)).csv.read_text().split()[-1].split(",")
-        points[curve].append((int(size), float(loss), int(step)))
+        run = Run(curve, int(size))
+        step, loss = run.csv.read_text().split()[-1].split(",")
+        found[run] = (float(loss), int(step))
+    points: Points = {curve: [] for curve in CURVES}
+    for run, last in found.items():
+        points[run.curve].append((run.size, *last))
     return {curve: sorted(rows) for curve, rows in points.items() if rows}
 
 
 def published() -> Points:
     """The authors' last rows; without runs that ended in NaN."""
     points: Points = {}
-    with open(HERE / "published.csv", newline="") as lines:
-        for row in csv.DictReader(lines):
-            prefix = "overwriting-" if row["replace"] == "1" else ""
-            name = PUBLISHED_NAMES.get(row["method"], row["method"]) + PUBLISHED_RULES[row["update_rule"]]
-            loss = float(row["final_loss"])
-            if loss == loss and row["stop_reason"] != "other":
-                points.setdefault(prefix + name, []).append((int(row["S"]), loss, int(row["steps"])))
+    for row in read_rows(HERE / "published.csv"):
+        prefix = "overwriting-" if row["replace"] == "1" else ""
+        name = PUBLISHED_NAMES.get(row["method"], row["method"]) + PUBLISHED_RULES[row["update_rule"]]
+        loss = float(row["final_loss"])
+        if loss == loss and row["stop_reason"] != "other":
+            points.setdefault(prefix + name, []).append((int(row["S"]), loss, int(row["steps"])))
     return {curve: sorted(rows) for curve, rows in points.items() if curve in CURVES}
 
 
@@ -95,7 +103,7 @@ def draw(setting: int, mine: Points, theirs: Points) -> None:
 
 def write_results(mine: Points, theirs: Points) -> None:
     """results.csv, with the published loss where there is one."""
-    with open(HERE / "results.csv", "w", newline="") as lines:
+    with open(RESULTS, "w", newline="") as lines:
         out = csv.writer(lines)
         out.writerow(["curve", "keys", "final_loss", "updates", "published_loss", "published_updates"])
         for curve, rows in mine.items():
@@ -128,6 +136,7 @@ def cell(own: Optional[float], other: Optional[float]) -> str:
 
 
 def main() -> None:
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq lets every logger speak
     mine, theirs = ours(), published()
     write_results(mine, theirs)
     write_table(mine, theirs)

@@ -3,6 +3,7 @@
     python examples/associative_retrieval/grid.py                         # 20 to 600 keys, a day or more on 2 cores
     python examples/associative_retrieval/grid.py --sizes 20 60 100       # fewer keys
     python examples/associative_retrieval/grid.py --curves dpfp1-sum      # fewer curves
+    python examples/associative_retrieval/grid.py --missing               # not what results.csv has already
     python examples/associative_retrieval/figures.py                      # draws what is there
 
 A run is one fairseq-train command on one thread; its rows go to runs/CURVE-S.csv, its log to runs/CURVE-S.log. What is
@@ -10,17 +11,19 @@ finished is not run again; what was stopped starts anew.
 """
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = HERE.parents[1] / "fairseq_fastweights"
 RUNS = HERE / "runs"
+RESULTS = HERE / "results.csv"  # of all runs so far, written by figures.py
 
 CAPACITY, OVERWRITING = 1, 2  # --setting
 CURVES = {
@@ -67,6 +70,14 @@ class Run(NamedTuple):
         return f"loss {float(loss):.5f} after {step} updates"
 
 
+def read_rows(file: Path) -> List[Dict[str, str]]:
+    """Of a CSV file with a header; none where there is no file."""
+    if not file.exists():
+        return []
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 def execute(run: Run) -> Optional[str]:
     """Run it; what went wrong, or None."""
     started = time.monotonic()
@@ -85,10 +96,14 @@ def main() -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=range(20, 601, 20), metavar="S", help="keys")
     parser.add_argument("--curves", nargs="+", choices=CURVES, default=list(CURVES), metavar="CURVE")
+    parser.add_argument("--missing", action="store_true", help="leave out what results.csv has")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time")
     args = parser.parse_args()
     RUNS.mkdir(exist_ok=True)
     wanted = [Run(curve, size) for size in args.sizes for curve in args.curves]
+    if args.missing:
+        there = {Run(row["curve"], int(row["keys"])) for row in read_rows(RESULTS)}
+        wanted = [run for run in wanted if run not in there]
     waiting = [run for run in wanted if not run.finished.exists()]
     print(f"{len(wanted)} runs, {len(wanted) - len(waiting)} of them finished before", flush=True)
     failed = []

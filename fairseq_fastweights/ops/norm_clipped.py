@@ -10,6 +10,8 @@ The scale depends on the memory, so the rule is serial in time. |X_t|^2 needs no
     dX = (dW - <dW, W> W) / |X|      where scaled, else dW
     dk = dX r + W_{t-1} d_old,       dr = dX^T k,       dv = beta dr = -d_old,       d_beta = dr . (v - old)
     dW_{t-1} = dX + k d_old^T
+
+<dW, W> needs no pass either: <dW_{t-1}, W_{t-1}> = <dX, X> - r . dr + d_old . old, and <dX, X> is 0 where scaled.
 """
 
 import math
@@ -48,7 +50,7 @@ class NormClippedWrite(torch.autograd.Function):
         state, errors = k.new_empty(*rows, dk, dv), torch.empty_like(v)
         scales, kept = torch.empty_like(beta), k.new_empty(*rows, stretches, dk * dv)
         run("norm_clipped_forward", sizes, [k, v, beta, state, errors, scales, kept])
-        ctx.save_for_backward(k, beta, errors, scales, kept, state)
+        ctx.save_for_backward(k, v, beta, errors, scales, kept, state)
         return state
 
     @staticmethod
@@ -58,10 +60,10 @@ class NormClippedWrite(torch.autograd.Function):
                 "norm_clipped_write has no second derivative (create_graph=True reached its backward): "
                 "use norm_clipped_reference"
             )
-        k, beta, errors, scales, kept, state = ctx.saved_tensors
+        k, v, beta, errors, scales, kept, state = ctx.saved_tensors
         dk, dv, d_beta = torch.empty_like(k), torch.empty_like(errors), torch.empty_like(beta)
         used_up = d_state.clone(memory_format=torch.contiguous_format)
-        operands = [k, beta, errors, scales, kept, used_up, dk, dv, d_beta, state]
+        operands = [k, v, beta, errors, scales, kept, used_up, dk, dv, d_beta, state]
         run("norm_clipped_backward", ctx.sizes, operands)
         return dk, dv, d_beta
 

@@ -12,7 +12,7 @@ from numba import carray, cfunc, types
 
 from .numba_decode import decode
 from .numba_features import address_backward, address_forward
-from .numba_kernels import JOB_SIZE, backward, forward
+from .numba_kernels import JOB_SIZE, backward, flush_subnormals, forward, restore
 from .numba_norm_clipped import norm_clipped_backward, norm_clipped_forward
 
 
@@ -25,59 +25,87 @@ def entries(version: str) -> dict:
 
     def forward_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         forward(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def forward_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         forward(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     def backward_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         backward(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def backward_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         backward(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     def address_forward_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         address_forward(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def address_forward_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         address_forward(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     def address_backward_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         address_backward(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def address_backward_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         address_backward(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     def decode_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         decode(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def decode_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         decode(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     def norm_clipped_forward_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         norm_clipped_forward(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def norm_clipped_forward_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         norm_clipped_forward(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     def norm_clipped_backward_float32(address):
         version  # noqa: B018
+        before = flush_subnormals()
         norm_clipped_backward(carray(address, JOB_SIZE, np.int64), np.float32)
+        restore(before)
 
     def norm_clipped_backward_float64(address):
         version  # noqa: B018
+        before = flush_subnormals()
         norm_clipped_backward(carray(address, JOB_SIZE, np.int64), np.float64)
+        restore(before)
 
     return {name: function for name, function in locals().items() if name != "version"}
 

@@ -32,6 +32,7 @@ TILE = 4  # rows of a register tile; its columns are two vectors
 VECTOR = 32  # bytes
 FIRST_OPERAND = 7  # in a job
 JOB_SIZE = FIRST_OPERAND + 4 * 19
+FLUSH = 0x8040  # of MXCSR: subnormal results and operands are 0
 PAD = 16  # work arrays have a multiple of this many columns: whole tiles in float32 and float64
 
 # products may be fused with sums and sums reordered, but nan and inf mean what they mean
@@ -252,6 +253,53 @@ def add_multiple(x, factor, y):
     """x += factor y"""
     for j in range(x.shape[0]):
         x[j] += factor * y[j]
+
+
+@intrinsic
+def flush_subnormals(typing_context):
+    """From now on numbers below the smallest normal one are 0 in this thread; returns the setting for ``restore``.
+
+    An x86 takes a hundred times as long for one of them, and what decays at every token is full of them. Other
+    processors go on as they were.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        word = cgutils.alloca_once_value(builder, ir.Constant(ir.IntType(32), 0))
+        if on_x86(builder):
+            control_word(builder, "st", word)
+            before = builder.load(word)
+            flushed = cgutils.alloca_once_value(
+                builder, builder.or_(before, ir.Constant(ir.IntType(32), FLUSH))
+            )
+            control_word(builder, "ld", flushed)
+        return builder.load(word)
+
+    return types.uint32(), codegen
+
+
+@intrinsic
+def restore(typing_context, before):
+    """Undoes ``flush_subnormals``, which has returned ``before``."""
+
+    def codegen(context, builder, signature, arguments):
+        if on_x86(builder):
+            control_word(builder, "ld", cgutils.alloca_once_value(builder, arguments[0]))
+        return context.get_dummy_value()
+
+    return types.void(types.uint32), codegen
+
+
+def on_x86(builder) -> bool:
+    return builder.module.triple.startswith(("x86_64", "i686"))
+
+
+def control_word(builder, verb, word):
+    """MXCSR, stored to the address ``word`` or loaded from it."""
+    byte = ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(ir.VoidType(), [byte]), f"llvm.x86.sse.{verb}mxcsr"
+    )
+    builder.call(function, [builder.bitcast(word, byte)])
 
 
 @intrinsic

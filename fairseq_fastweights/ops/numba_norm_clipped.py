@@ -1,8 +1,9 @@
 """The norm-clipped delta rule and its backward, as CPU kernels: the host and the formulas are in ``norm_clipped``.
 
-Serial in time. A token takes one pass over W forward, the write folded into the read of the next key; the backward
-computes the states of a stretch of tokens again from the one kept at its beginning: going back by reversing the writes
-would multiply the rounding by 1 / scale at every token. This file imports numba; import it only through ``numba_scan``.
+Serial in time. A token takes one pass over W forward, the write folded into the read of the next key, and one over W
+and its gradient backward. The states of a stretch of tokens are computed again from the one kept at its beginning:
+going back by reversing the writes would multiply the rounding by 1 / scale at every token. This file imports numba;
+import it only through ``numba_scan``.
 """
 
 import numpy as np
@@ -63,51 +64,45 @@ def norm_clipped_forward(job, number):
 
 
 @njit(**OPTIONS)
-def through_scale(grad, along, state, scale):
-    """grad = scale (grad - along state): the derivative of X / |X|, whose result is ``state``"""
-    for i in range(grad.shape[0]):
-        for j in range(grad.shape[1]):
-            grad[i, j] = scale * (grad[i, j] - along * state[i, j])
+def write(before, scale, k, r, after):
+    """after = scale (before + k r^T)"""
+    for i in range(before.shape[0]):
+        row, result, inserted = before[i], after[i], scale * k[i]
+        for j in range(row.shape[0]):
+            result[j] = scale * row[j] + inserted * r[j]
 
 
 @njit(**OPTIONS)
-def write_backward(grad, k, r, dk, dr):
-    """dk = grad r, dr = grad^T k"""
+def back_to_write(grad, state, scale, along, next_k, d_old, next_dk, k, r, dk, dr):
+    """From dX of the next token to that of this one, in one pass; ``state`` is W between the two.
+
+    next_dk += state d_old, dW = grad + next_k d_old^T; grad = scale (dW - along state); dk = grad r, dr = grad^T k
+    """
     dr[:] = 0
     for i in range(grad.shape[0]):
-        dk[i] = dot(grad[i], r)
-        for j in range(grad.shape[1]):
-            dr[j] += k[i] * grad[i, j]
-
-
-@njit(**OPTIONS)
-def read_backward(grad, state, k, d_old, dk):
-    """grad += k d_old^T, dk += state d_old; <grad, state> is returned"""
-    along = grad.dtype.type(0)
-    for i in range(grad.shape[0]):
-        dk[i] += dot(state[i], d_old)
-        for j in range(grad.shape[1]):
-            grad[i, j] += k[i] * d_old[j]
-        along += dot(grad[i], state[i])
-    return along
+        row, kept, read, written = grad[i], state[i], next_k[i], k[i]
+        of_read = of_write = grad.dtype.type(0)
+        for j in range(row.shape[0]):
+            of_read += kept[j] * d_old[j]
+            row[j] = scale * (row[j] + read * d_old[j] - along * kept[j])
+            of_write += row[j] * r[j]
+            dr[j] += written * row[j]
+        next_dk[i] += of_read
+        dk[i] = of_write
 
 
 @njit(**OPTIONS)
 def norm_clipped_backward(job, number):
     """dk, dv, d_beta from d_state, which is used up."""
-    K, BETA, ERRORS, SCALES, KEPT, D_STATE, D_K, D_V, D_BETA, STATE = range(10)
+    K, V, BETA, ERRORS, SCALES, KEPT, D_STATE, D_K, D_V, D_BETA, STATE = range(11)
     stretch, tokens, dk_, dv_ = job[3], job[4], job[5], job[6]
     stretches = (tokens + stretch - 1) // stretch
-    states = np.empty((stretch + 1, dk_, dv_), number)
-    r, dr, d_old, unused = (
-        np.empty(dv_, number),
-        np.empty(dv_, number),
-        np.empty(dv_, number),
-        np.empty(dv_, number),
-    )
+    states = np.empty((stretch, dk_, dv_), number)  # after every token of a stretch
+    r, dr, d_old = np.empty(dv_, number), np.empty(dv_, number), np.empty(dv_, number)
     head = take_next(job)
     while head < job[1]:
-        k, beta = matrix(job, K, head, tokens, dk_, number), matrix(job, BETA, head, 1, tokens, number)[0]
+        k, v = matrix(job, K, head, tokens, dk_, number), matrix(job, V, head, tokens, dv_, number)
+        beta = matrix(job, BETA, head, 1, tokens, number)[0]
         errors = matrix(job, ERRORS, head, tokens, dv_, number)
         scales = matrix(job, SCALES, head, 1, tokens, number)[0]
         kept = matrix(job, KEPT, head, stretches, dk_ * dv_, number)
@@ -115,24 +110,28 @@ def norm_clipped_backward(job, number):
         dk, dv = matrix(job, D_K, head, tokens, dk_, number), matrix(job, D_V, head, tokens, dv_, number)
         d_beta = matrix(job, D_BETA, head, 1, tokens, number)[0]
         along = dot(grad.ravel(), matrix(job, STATE, head, 1, dk_ * dv_, number)[0])  # <dW, W>
+        d_old[:] = 0  # nothing reads after the last token
         for part in range(stretches - 1, -1, -1):
             first, last = part * stretch, min((part + 1) * stretch, tokens)
-            states[0] = kept[part].reshape(dk_, dv_)
+            before = kept[part].reshape(dk_, dv_)
             for t in range(first, last):
                 for j in range(dv_):
                     r[j] = beta[t] * errors[t, j]
-                states[t - first + 1] = states[t - first]
-                write_and_read(states[t - first + 1], scales[t], k[t], r, k[t], unused)
+                write(before, scales[t], k[t], r, states[t - first])
+                before = states[t - first]
             for t in range(last - 1, first - 1, -1):
-                before, after = states[t - first], states[t - first + 1]
                 for j in range(dv_):
                     r[j] = beta[t] * errors[t, j]
-                if scales[t] < 1:
-                    through_scale(grad, along, after, scales[t])
-                write_backward(grad, k[t], r, dk[t], dr)
+                scaled, after, state = scales[t] < 1, min(t + 1, tokens - 1), states[t - first]
+                projected = along if scaled else number(0)
+                back_to_write(
+                    grad, state, scales[t], projected, k[after], d_old, dk[after], k[t], r, dk[t], dr
+                )
                 d_beta[t] = dot(dr, errors[t])
+                # <dX, X> is 0 where scaled, <dW, W> elsewhere; X and W before differ by k r^T, dX and dW by k d_old^T
+                along -= projected + dot(r, dr)
                 for j in range(dv_):
                     dv[t, j] = beta[t] * dr[j]
                     d_old[j] = -dv[t, j]
-                along = read_backward(grad, before, k[t], d_old, dk[t])
+                    along += d_old[j] * (v[t, j] - errors[t, j])
         head = take_next(job)

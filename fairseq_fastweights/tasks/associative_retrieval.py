@@ -227,6 +227,7 @@ class AssociativeRetrievalTask(FairseqTask):
     def begin_epoch(self, epoch, model):
         """Called by fairseq-train; a run that begins has nothing to do with rows that are there."""
         super().begin_epoch(epoch, model)
+        torch.set_flush_denormal(True)  # FAVOR+'s features underflow, and an x86 is slow with such numbers
         if self.writes_rows() and model.updates == 0:
             write_rows(Path(self.cfg.eval_csv), [])
 

@@ -1,5 +1,7 @@
 """The norm-clipped rule's kernel against an independent loop in float64."""
 
+import platform
+
 import pytest
 import torch
 
@@ -84,6 +86,15 @@ def test_half_precision_is_summed_in_float32():
     assert state.dtype == torch.float32
     wanted = norm_clipped_reference(k.double(), v.double(), beta.double())
     assert (state - wanted).abs().max() < 1e-6
+
+
+def test_subnormal_numbers_are_flushed_in_the_kernel_alone():
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    torch.set_flush_denormal(False)  # as an earlier test may have left it
+    k, v, beta = (torch.full(shape, 1e-20) for shape in ((1, 1, 1, 4), (1, 1, 1, 4), (1, 1, 1)))
+    assert not norm_clipped_write(k, v, torch.ones_like(beta)).any()  # 1e-40
+    assert (k * v).all()
 
 
 def test_what_is_refused():
