@@ -47,6 +47,8 @@ def apply() -> None:
     make_the_same_batches_on_resume()
     gather_streams_before_saving()
     read_prompts_at_once()
+    block_repeats_on_the_cpu()
+    train_fp16_on_the_cpu()
     train_bf16_without_tpu()
     restore_numpy_compat_long()
 
@@ -407,6 +409,46 @@ def read_prompts_at_once() -> None:
 
     # not _generate, which TorchScript compiles
     _wrap(SequenceGenerator, "generate", make)
+
+
+def block_repeats_on_the_cpu() -> None:
+    """Let --no-repeat-ngram-size work without fairseq's CUDA extension.
+
+    The blocker takes the last words of a hypothesis from the end of the search's buffer, which is padding until the
+    search is over, so that nothing is ever blocked (fairseq issues 4709 and 5206).
+    Can go when SequenceGenerator hands it tokens[:, :step + 1].
+    """
+    from fairseq.ngram_repeat_block import NGramRepeatBlock
+
+    def make(forward: Callable) -> Callable:
+        def forward_words_so_far(blocker: Any, tokens: Any, lprobs: Any, bsz: int, beam_size: int, step: int):
+            if not blocker.use_extension:  # which is told the step, and reads no further
+                tokens = tokens[:, : step + 1]
+            return forward(blocker, tokens, lprobs, bsz, beam_size, step)
+
+        return forward_words_so_far
+
+    _wrap(NGramRepeatBlock, "forward", make)
+
+
+def train_fp16_on_the_cpu() -> None:
+    """Let --fp16 run with --cpu, as --memory-efficient-fp16 does.
+
+    fairseq puts the float32 copy of the parameters on a GPU, unless --fp16-no-flatten-grads leaves them where they are.
+    Can go when FP16Optimizer.build_fp32_params asks the parameters for their device.
+    """
+    from fairseq.optim.fp16_optimizer import FP16Optimizer
+
+    def make(build: Callable) -> Callable:
+        def build_where_the_parameters_are(cfg: Any, params: Any, **kwargs: Any) -> Any:
+            params = list(params)
+            if cfg.common.fp16 and not any(x.is_cuda for x in params):
+                cfg.common.fp16_no_flatten_grads = True
+            return build(cfg, params, **kwargs)
+
+        return build_where_the_parameters_are
+
+    _wrap(FP16Optimizer, "build_optimizer", make)
 
 
 def train_bf16_without_tpu() -> None:

@@ -503,7 +503,28 @@ def test_a_task_iterates_over_every_sentence(count, without_shim):
     assert len(sentences_of_a_pass(count)) == count // 8 * 8
 
 
-# --- bf16 -----------------------------------------------------------------------------------------
+# --- search ---------------------------------------------------------------------------------------
+
+
+def test_repeated_pairs_are_blocked_without_the_extension(without_shim):
+    from fairseq.ngram_repeat_block import NGramRepeatBlock
+
+    tokens = torch.tensor([[2, 5, 6, 5, 1, 1, 1]])  # 5 6 5, then padding: 6 must not come next
+
+    def blocked():
+        return (
+            NGramRepeatBlock(2, use_extension=False)(tokens, torch.zeros(1, 8), 1, 1, 3)
+            .isinf()
+            .nonzero()
+            .tolist()
+        )
+
+    assert blocked() == [[0, 6]]
+    without_shim(NGramRepeatBlock, "forward")
+    assert blocked() == []
+
+
+# --- fp16 and bf16 ---------------------------------------------------------------------------------------
 
 TINY_LM = [
     "--task",
@@ -577,6 +598,17 @@ def test_bf16_trains_without_a_tpu(tmp_path, flag, without_shim):
     without_shim(distributed_utils, "call_main")
     with pytest.raises(AttributeError, match="xla_device"):
         train(tmp_path, flag)
+
+
+def test_fp16_trains_on_the_cpu(tmp_path, without_shim):
+    from fairseq.optim.fp16_optimizer import FP16Optimizer
+
+    build_lm_task(tmp_path, ["a b c d", "b c", "d a"] * 4)
+    train(tmp_path, "--fp16")
+    without_shim(FP16Optimizer, "build_optimizer")
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+            train(tmp_path, "--fp16")
 
 
 def tpu_flags(*flags):

@@ -30,6 +30,7 @@ TRAIN = (
 ).split()
 READ_BATCHES = ("train", "validate", "generate", "interactive", "eval_lm")
 EVERYWHERE = "--update-rule delta --update-rule-encoder delta --update-rule-cross delta".split()
+SEARCH = ["--user-dir", PACKAGE, *"--beam 5 --max-len-b 12 --max-len-a 0 --num-workers 0 --cpu".split()]
 FAVOR = "--feature-map favor --favor-features 6".split()
 
 
@@ -96,6 +97,11 @@ def train_lm(data, save_dir, *flags) -> Path:
     task = "--task language_modeling --tokens-per-sample 16 --sample-break-mode none".split()
     run("train", data, *arch, *task, "--save-dir", save_dir, *flags)
     return Path(save_dir) / "checkpoint_last.pt"
+
+
+def generate(data, checkpoint, *flags) -> str:
+    """What fairseq-generate prints, with beam 5; flags that come again count."""
+    return run("generate", data, "--path", checkpoint, *SEARCH, *flags)
 
 
 def hypotheses(output: str) -> dict[int, str]:

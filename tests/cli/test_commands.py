@@ -6,25 +6,20 @@ from pathlib import Path
 
 import fairseq
 import pytest
-from commands import EVERYWHERE, PACKAGE, TINY, TRAIN, finish, hypotheses, load, run, run_logged, start
-
-SEARCH = [
-    "--user-dir",
+from commands import (
+    EVERYWHERE,
     PACKAGE,
-    "--beam",
-    "5",
-    "--max-len-b",
-    "12",
-    "--max-len-a",
-    "0",
-    "--num-workers",
-    "0",
-    "--cpu",
-]
-
-
-def generate(data, checkpoint, *flags):
-    return run("generate", data, "--path", checkpoint, *SEARCH, *flags)
+    SEARCH,
+    TINY,
+    TRAIN,
+    finish,
+    generate,
+    hypotheses,
+    load,
+    run,
+    run_logged,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
