@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -15,8 +16,6 @@ from fairseq_fastweights.compare.grid import Grid
 from fairseq_fastweights.compare.plots import draw_curves
 from fairseq_fastweights.compare.runs import find_runs
 from fairseq_fastweights.compare.tables import SEED_IN_NAME, Row, group
-
-START, END = "<!-- results -->", "<!-- /results -->"
 
 
 def arguments(description: str, into: Path) -> argparse.Namespace:
@@ -64,11 +63,13 @@ def machine() -> str:
     )
 
 
-def write_between_marks(readme: Path, text: str) -> None:
-    before, start, rest = readme.read_text().partition(START)
-    _, end, after = rest.partition(END)
+def write_between_marks(readme: Path, text: str, name: str = "results") -> None:
+    """Between <!-- name --> and <!-- /name -->."""
+    mark, end_mark = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, start, rest = readme.read_text().partition(mark)
+    _, end, after = rest.partition(end_mark)
     if not start or not end:
-        raise SystemExit(f"results.py: {readme} lacks {START} or {END}")
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {readme} lacks {mark} or {end_mark}")
     readme.write_text(f"{before}{start}\n\n{text}\n{end}{after}")
 
 

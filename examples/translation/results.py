@@ -55,10 +55,13 @@ TITLES = (
 )
 
 
+def scores_in(folder: Path, split: str) -> dict:
+    """What evaluate.py has written of a split; there is one setting of beam and length penalty."""
+    return next(one for one in json.loads((folder / "scores.json").read_text()) if one["split"] == split)
+
+
 def scores(run: Run, split: str) -> dict:
-    """The scores of a split; there is one setting of beam and length penalty."""
-    found = json.loads((run.path / "evaluation/scores.json").read_text())
-    return next(one for one in found if one["split"] == split)
+    return scores_in(run.path / "evaluation", split)
 
 
 def hypotheses(run: Run) -> list[str]:
