@@ -66,6 +66,7 @@ for row in $(sed -n '/| published |/!s/^| `\([a-z0-9-]*\)` |.*/\1/p' "$recipes/W
     rm -rf "$work/recipes/models"
 done
 WORK=$work/multi30k RESULTS='' smoke multi30k bash "$translation/compare_multi30k.sh" --smoke "$work/multi30k-text"
+WORK=$work/multi30k RESULTS='' smoke multi30k-converted bash "$translation/convert_multi30k.sh"
 for row in $(sed -n 's/^| `\([a-z0-9-]*\)` |.*/\1/p' "$translation/WMT14.md"); do
     WORK=$work/wmt14 smoke "wmt14-$row" bash "$translation/train_wmt14.sh" --smoke "$pairs" "$row"
     rm -rf "$work/wmt14/models"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import List, Optional
 
 import numpy as np
+from fairseq.models import ARCH_MODEL_REGISTRY, FairseqLanguageModel
 from fairseq.tasks import register_task
 from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
 from omegaconf import II
@@ -71,6 +72,7 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
     # --- what is built
 
     def build_model(self, args, from_checkpoint=False):
+        check_architecture(args)
         model = super().build_model(args, from_checkpoint)
         check_model(model)
         positions = model.decoder.embed_positions
@@ -249,6 +251,15 @@ def symbol_index(dictionary, symbol: Optional[str]) -> Optional[int]:
     if index == dictionary.unk() and symbol != dictionary.unk_word:
         raise FastWeightError(f"--reset-at must be a symbol of the dictionary, got {symbol!r}")
     return index
+
+
+def check_architecture(args) -> None:
+    """Refuse a translation model, for which fairseq's language_modeling has no message."""
+    name = getattr(args, "_name", None) or getattr(args, "arch", None)
+    if name in ARCH_MODEL_REGISTRY and not issubclass(ARCH_MODEL_REGISTRY[name], FairseqLanguageModel):
+        raise FastWeightError(
+            f"{TASK} needs the architecture of a language model, as fast_weight_lm, got {name!r}"
+        )
 
 
 def check_model(model) -> None:

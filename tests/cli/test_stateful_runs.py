@@ -122,6 +122,10 @@ def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):
     [
         (["--max-tokens", "100", "--batch-size-valid", "2"], "--batch-size gives the number of streams"),
         (["--update-rule", "softmax", "--batch-size", "2"], "softmax attention has no state"),
+        (
+            ["--arch", "fast_weight_transformer", "--batch-size", "2"],
+            "needs the architecture of a language model",
+        ),
         (["--sample-break-mode", "complete", "--batch-size", "2"], "--sample-break-mode must be none"),
     ],
 )

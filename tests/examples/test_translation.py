@@ -1,6 +1,6 @@
 """The comparison on Multi30k, evaluation and averaging of translation models, on a made-up language pair."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -235,12 +235,11 @@ def test_a_checkpoint_with_code_is_refused(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "it_ran").exists()
 
 
-def load_results():
-    """results.py of this folder: that of the language models has the same name."""
-    spec = importlib.util.spec_from_file_location("translation_results", TRANSLATION / "results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_results(monkeypatch, name="results"):
+    """results.py of this folder: that of the language models has the same name. Or a file that imports it."""
+    monkeypatch.delitem(sys.modules, "results", raising=False)
+    monkeypatch.syspath_prepend(str(TRANSLATION))
+    return importlib.import_module(name)
 
 
 @pytest.fixture
@@ -270,7 +269,7 @@ def finished(prepared, tmp_path):
 
 
 def test_results_between_the_marks(finished, tmp_path, monkeypatch):
-    results = load_results()
+    results = load_results(monkeypatch)
     folder = tmp_path / "results"
     folder.mkdir()
     shutil.copy(TRANSLATION / "README.md", folder)
@@ -298,7 +297,7 @@ def test_results_between_the_marks(finished, tmp_path, monkeypatch):
 
 
 def test_curves_by_length_are_those_of_the_scores(finished, tmp_path, monkeypatch):
-    results, drawn = load_results(), []
+    results, drawn = load_results(monkeypatch), []
     monkeypatch.setattr(results, "draw_groups", lambda *arguments: drawn.append(arguments))
     rows = results.finished_rows(read_grid(finished / "grid.yaml"))
     results.draw_lengths(rows, tmp_path)
@@ -308,6 +307,41 @@ def test_curves_by_length_are_those_of_the_scores(finished, tmp_path, monkeypatc
         assert label == row.label
         assert [None if math.isnan(value) else value for value in values] == [bleu for *_, bleu in buckets]
         assert names == [f"{name}\n({count})" for name, count, _ in buckets]
+
+
+LAST = "2026-01-01 00:00:00 | INFO | fairseq_cli.train | Stopping training due to num_updates: {0} >= max_update: {0}\n"
+
+
+def test_results_of_the_conversion(finished, tmp_path, monkeypatch):
+    out, (softmax,) = finished / "converted", finished.glob("runs/softmax*")
+    (delta,) = finished.glob("runs/delta+elu*")
+    with open(softmax / "train.log", "a") as log:
+        log.write(LAST.format(1800))
+    out.mkdir()
+    (out / "as-converted.log").write_text(
+        f"kept: 3 tensors\n\nfairseq-train {finished}/data/bin --task translation --user-dir "
+        f"{ROOT}/fairseq_fastweights --max-update 180\n"
+    )
+    for name, updates in (("distilled", 180), ("distilled,trained", 170), ("trained", 360)):
+        (out / f"{name}.log").write_text(LAST.format(updates))
+        (out / f"{name}.finished").write_text("90\n")
+    module = load_results(monkeypatch, "conversion_results")
+    for name in module.ROWS:
+        shutil.copytree((softmax if name == "as-converted" else delta) / "evaluation", out / name)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    shutil.copy(TRANSLATION / "README.md", folder)
+    monkeypatch.setattr(sys, "argv", ["conversion_results.py", str(finished), "--into", str(folder)])
+    module.main()
+    text = (folder / "README.md").read_text()
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in text.splitlines()}
+    assert rows["| softmax, the model that is converted"][1:3] == ["1800", "100.00"]
+    one, other = (module.scores_in(x / "evaluation", "test")["bleu"] for x in (softmax, delta))
+    both = rows["| distilled, then trained"]
+    assert both[1] == "350" and both[3:5] == [f"{other:.2f}", f"{other / one:.1%}"] and both[6] == "3.0"
+    assert rows["| as converted"][1] == "0" and rows["| as converted"][4] == "100.0%"
+    assert "fairseq-train examples/translation/multi30k/data/bin \\\n    --task translation" in text
+    assert str(finished) not in text and str(ROOT) not in text
 
 
 @pytest.mark.long
@@ -328,3 +362,6 @@ def test_the_script_from_text_to_table(pairs, tmp_path):
     bash(TRANSLATION / "compare_multi30k.sh", "--smoke", folder, **settings)
     assert (tmp_path / "work/runs/softmax,seed=1/evaluate.finished").is_file()
     assert (tmp_path / "results/README.md").read_text().count("| softmax | 1 |") == 1
+    bash(TRANSLATION / "convert_multi30k.sh", **settings)
+    assert "| trained without distillation | 2 |" in (tmp_path / "results/README.md").read_text()
+    assert "s\n" not in bash(TRANSLATION / "convert_multi30k.sh", **settings)  # nothing is done again
