@@ -9,8 +9,8 @@ once from the source.
 """
 
 import argparse
-import re
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -22,14 +22,17 @@ from measure import machine
 
 import fairseq_fastweights
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples/translation"))
+
+from evaluate import read_data  # noqa: E402
+
 STRETCH = 50  # steps of a row of the table
 
 
 def documents(folder: Path, sentences: int, count: int) -> list[str]:
     """The first ``count`` documents of the test set, in pieces."""
-    (found,) = folder.glob("bin/test.*-*.*.idx") if (folder / "bin").is_dir() else [None]
-    source = re.fullmatch(r"test\.([^-]+)-.*", found.name)[1]
-    lines = (folder / f"raw/test.{source}").read_text(encoding="utf-8").splitlines()
+    data = read_data(folder)
+    lines = data.raw("test", data.source)
     cut = sentencepiece.SentencePieceProcessor(model_file=str(folder / "pieces/spm.model"))
     joined = [" ".join(lines[i * sentences : (i + 1) * sentences]) for i in range(count)]
     return [" ".join(cut.encode(text, out_type=str)) for text in joined]

@@ -18,11 +18,13 @@ download() {
         _is_whole "$part" "$expected" || _fetch "$url" "$part"
         _check_download "$part" "$url" "$expected"
         mv "$part" "$file"
+    elif [[ $expected == *:* ]] && ! _is_whole "$file" "$expected"; then
+        fail "$file has another ${expected%%:*} checksum than ${expected#*:}: delete it and run this again"
     fi
     _remember_checksum "$file" "$expected"
 }
 
-# _is_whole PART EXPECTED: whether nothing is left to be downloaded, as after a stop during the check
+# _is_whole FILE EXPECTED: whether it is there and has the checksum; a part is whole after a stop during its check
 _is_whole() { [[ $2 == *:* ]] && [ -e "$1" ] && [ "$(checksum "${2%%:*}" "$1")" = "${2#*:}" ]; }
 
 # _fetch URL PART: with a bar on a terminal

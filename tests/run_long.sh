@@ -65,8 +65,10 @@ for row in $(sed -n '/| published |/!s/^| `\([a-z0-9-]*\)` |.*/\1/p' "$recipes/W
     WORK=$work/recipes smoke "$row" bash "$recipes/train_wikitext103.sh" --smoke "$text" "$row"
     rm -rf "$work/recipes/models"
 done
-WORK=$work/multi30k RESULTS='' smoke multi30k bash "$translation/compare_multi30k.sh" --smoke "$work/multi30k-text"
-WORK=$work/multi30k RESULTS='' smoke multi30k-converted bash "$translation/convert_multi30k.sh"
+multi30k() {
+    bash "$translation/compare_multi30k.sh" --smoke "$work/multi30k-text" && bash "$translation/convert_multi30k.sh"
+}
+WORK=$work/multi30k RESULTS='' smoke multi30k multi30k
 for row in $(sed -n 's/^| `\([a-z0-9-]*\)` |.*/\1/p' "$translation/WMT14.md"); do
     WORK=$work/wmt14 smoke "wmt14-$row" bash "$translation/train_wmt14.sh" --smoke "$pairs" "$row"
     rm -rf "$work/wmt14/models"

@@ -7,6 +7,7 @@ starts.
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,8 @@ SMOKE = "--max-update 2 --warmup-updates 1 --validate-interval-updates 2 --log-i
 def grid_in(grid: Path, work: Path, rows: list[str], smoke: bool) -> dict:
     """The grid as it is to be run. ValueError if a row is asked for that it does not have."""
     usual = Path(yaml.safe_load(grid.read_text())["out"]).parent
-    described = yaml.safe_load(grid.read_text().replace(f"{usual}/", f"{work}/"))
+    described = yaml.safe_load(grid.read_text().replace(f"{usual}/", f"{shlex.quote(str(work))}/"))
+    described["out"] = str(work / Path(described["out"]).name)  # not split into words, as commands are
     unknown = [row for row in rows if row not in described["rows"]]
     if unknown:
         raise ValueError(f"no row {unknown[0]!r} in {grid.name}: it has {' '.join(described['rows'])}")

@@ -2,6 +2,10 @@
 # (the folder of results.py), work, results (the folder of the README.md), smoke ('--smoke' or nothing), and from the
 # environment JOBS, ROWS and RESULTS.
 
+# one GPU at most: fairseq would share out a row over all there are, with as many times the batch
+CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES%%,*}
+
 # run_rows GRID: the exit status is that of the runs
 run_rows() {
     local grid=$1 failed=0

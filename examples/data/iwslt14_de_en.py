@@ -1,9 +1,10 @@
-"""Sentence pairs from WIT3's archive de-en.tgz of IWSLT 2014, split as fairseq's example does.
+"""Sentence pairs from WIT3's archive de-en.tgz of IWSLT 2014, split much as fairseq's example does.
 
     python iwslt14_de_en.py de-en.tgz OUT
 
-writes OUT/{train,valid,test}.{de,en}. Every 23rd pair of the training text becomes valid; test is the development and
-test sets of 2010 to 2012, one after another. Titles and descriptions of talks are sentences; the rest of what is told
+writes OUT/{train,valid,test}.{de,en}. Every 23rd pair of the training text becomes valid (in fairseq's example every
+23rd of those that are left after cleaning: not the same ones); test is the development and test sets of 2010 to 2012,
+one after another. Titles and descriptions of talks are sentences; the rest of what is told
 about a talk (its address, keywords, speaker, ...) is left out.
 """
 

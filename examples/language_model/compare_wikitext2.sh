@@ -17,7 +17,7 @@ if [ "${1:-}" = --smoke ]; then smoke=--smoke; shift; fi
 work=$(realpath -m "${WORK:-$here/wikitext2${smoke:+-smoke}}")
 text=$(realpath -m "${1:-$work/text}")
 results=$(realpath -m "${RESULTS:-$here}")
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 mkdir -p "$work"
 
 say() { printf '\n== %s\n' "$*"; }

@@ -14,7 +14,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/examples/language_model
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -59,6 +59,7 @@ share_out() {
     gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
     accumulate=${ACCUMULATE:-1}
     processes=$((gpus > 0 ? gpus : 1))
+    [ -z "$smoke" ] || sequences=$((2 * processes))
     [ $((sequences % (processes * accumulate))) = 0 ] \
         || fail "$sequences sequences an update cannot be shared out over $processes GPUs x $accumulate steps"
     if [ "$(column 3)" = carried ] && [ "$accumulate" != 1 ]; then

@@ -17,7 +17,7 @@ if [ "${1:-}" = --smoke ]; then smoke=--smoke; shift; fi
 work=$(realpath -m "${WORK:-$here/multi30k${smoke:+-smoke}}")
 text=${1:+$(realpath -m "$1")}
 results=$(realpath -m "${RESULTS:-$here}")
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 mkdir -p "$work"
 
 say() { printf '\n== %s\n' "$*"; }

@@ -12,11 +12,14 @@ root=$(cd "$here/../.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 work=$(realpath -m "${WORK:-$here/multi30k}")
 attention=${ATTENTION:---update-rule delta --feature-map elu}
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 softmax="$work/runs/softmax,seed=1"
 out=$work/converted
 [ -f "$softmax/evaluate.finished" ] || { echo "convert_multi30k.sh: there is no finished $softmax: run compare_multi30k.sh first" >&2; exit 1; }
 mkdir -p "$out"
+made_of="$attention $(cksum < "$softmax/checkpoint_best.pt")"
+[ -e "$out/made-of" ] || echo "$made_of" > "$out/made-of"
+[ "$(cat "$out/made-of")" = "$made_of" ] || { echo "convert_multi30k.sh: $out is of another model or other flags: remove it" >&2; exit 1; }
 
 # step NAME COMMAND: once; what it prints goes to NAME.log
 step() {
@@ -31,7 +34,9 @@ step() {
 printed() {
     local command
     command=$(grep '^fairseq-train ' "$out/as-converted.log" | sed -n "$1p")
-    eval "$command --seed 1 --num-workers 0 --required-batch-size-multiple 1 --no-epoch-checkpoints --no-progress-bar ${*:2}"
+    set -- --seed 1 --num-workers 0 --required-batch-size-multiple 1 --no-epoch-checkpoints --no-progress-bar \
+        --distributed-world-size 1 "${@:2}"
+    eval "$command $(printf ' %q' "$@")"
 }
 
 # shellcheck disable=SC2086 # attention is words

@@ -6,8 +6,8 @@
 
 DATA is a folder of prepare_pairs.sh. Hypotheses are detokenised and compared with the text as it came. The first split
 is translated with every beam and length penalty; that of the highest BLEU is used for the other splits. --out (default:
-the checkpoint's name with -scores) gets the hypotheses and scores.json; a hypothesis that is there and newer than the
-checkpoint is used again, so give flags that change it another --out.
+the checkpoint's name with -scores) gets the hypotheses and scores.json; hypotheses that are there, of the same
+checkpoint, data and flags, and newer than the checkpoint are used again.
 """
 
 import argparse
@@ -73,7 +73,8 @@ def read_data(folder: Path) -> Data:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text: what a line feed ends, and nothing else."""
-    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    with open(path, encoding="utf-8", newline="\n") as lines:
+        return lines.read().removesuffix("\n").split("\n")
 
 
 def translate(
@@ -91,7 +92,12 @@ def translate(
             "\n".join(["evaluate.py: fairseq-generate failed:", *done.stderr.splitlines()[-15:]])
         )
     by_number = {int(number): text for number, text in HYPOTHESIS.findall(done.stdout)}
-    return [by_number.get(number, "") for number in range(max(by_number, default=-1) + 1)]
+    missing = set(range(len(by_number))) - set(by_number)
+    if missing:
+        raise SystemExit(
+            f"evaluate.py: fairseq-generate gave no hypothesis for sentence {min(missing)} of {split}"
+        )
+    return [by_number[number] for number in range(len(by_number))]
 
 
 def bucket_names(bounds: Sequence[int]) -> list[str]:
@@ -148,7 +154,7 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
         here = []
         for beam, lenpen in settings:
             path = args.out / f"{split}.beam{beam}.lenpen{lenpen:g}.{data.target}"
-            if not is_newer(path, args.checkpoint):
+            if not (args.again and is_newer(path, args.checkpoint)):
                 write_lines(path, translate(args.checkpoint, data, split, beam, lenpen, args.flags))
             here.append(score(data, split, beam, lenpen, read_lines(path), args.lengths, path))
             show(here[-1])
@@ -156,6 +162,15 @@ def evaluate(args: argparse.Namespace) -> list[Scores]:
         settings = [(best.beam, best.lenpen)]
         found += here
     return found
+
+
+def asked_before(args: argparse.Namespace) -> bool:
+    """Whether what lies in --out is of this checkpoint, data and flags; says so for the next time."""
+    asked = {"checkpoint": args.checkpoint, "data": str(args.data.resolve()), "flags": args.flags}
+    said = args.out / "made-of.json"
+    same = said.exists() and json.loads(said.read_text()) == asked
+    said.write_text(json.dumps(asked))
+    return same
 
 
 def is_newer(path: Path, checkpoints: str) -> bool:
@@ -200,14 +215,15 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
             parser.error(f"there is no checkpoint {checkpoint}")
     if list(args.lengths) != sorted(set(args.lengths)):
         parser.error(f"--lengths must grow, got {args.lengths}")
-    first = Path(args.checkpoint.split(":")[0])
-    args.out = args.out or first.with_name(f"{first.stem}-scores")
+    first, *others = map(Path, args.checkpoint.split(":"))
+    args.out = args.out or first.with_name("+".join(x.stem for x in (first, *others)) + "-scores")
     return args
 
 
 def main() -> None:
     args = arguments(sys.argv[1:])
     args.out.mkdir(parents=True, exist_ok=True)
+    args.again = asked_before(args)
     found = evaluate(args)
     (args.out / "scores.json").write_text(json.dumps([asdict(scores) for scores in found], indent=1))
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# IWSLT 2014 German-English (TED talks, WIT3, Cettolo et al. 2012), split as fairseq's example splits it, in 10,000 pieces.
+# IWSLT 2014 German-English (TED talks, WIT3, Cettolo et al. 2012) in 10,000 pieces, split much as in fairseq's example.
 #
 #     bash examples/translation/prepare_iwslt14_de_en.sh OUT            # download (20 MB), split, clean, binarise
 #     bash examples/translation/prepare_iwslt14_de_en.sh OUT ARCHIVE    # with a de-en.tgz that is there
 #
 # Every 23rd pair of the training text is for validation; the test set is dev2010, dev2012 and tst2010 to tst2012 together.
-# Training pairs of more than 175 words or a ratio above 1.5 are left out. Unlike fairseq's example the text is neither
-# lower-cased nor tokenised, so BLEU differs from the numbers published with that. OUT is that of prepare_pairs.sh, whose
+# Training pairs of more than 175 words or a ratio above 1.5 are left out. fairseq's example cleans before it deals out the
+# pairs, so its validation pairs are others, and its text is lower-cased and tokenised, which this is not: BLEU differs from
+# the numbers published with that. The test set is the same. OUT is that of prepare_pairs.sh, whose
 # VOCAB, PIECES and CLEAN count here, too. URL=address is another mirror. The talks are CC BY-NC-ND.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -27,7 +28,7 @@ split_text() { # ARCHIVE FOLDER
 }
 
 [ $# = 1 ] || [ $# = 2 ] || fail "usage: prepare_iwslt14_de_en.sh OUT [ARCHIVE]"
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 out=$1 archive=${2:-$1/downloads/de-en.tgz}
 [ $# = 2 ] || download_archive "$archive"
 mkdir -p "$out"

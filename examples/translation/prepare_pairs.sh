@@ -16,7 +16,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 vocab=${VOCAB:-8000} kind=${PIECES:-sentencepiece} clean=${CLEAN:-} sentences=${SENTENCES:-0}
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 
 fail() { printf 'prepare_pairs: %s\n' "$*" >&2; exit 1; }
 

@@ -12,7 +12,7 @@
 # disk are an estimate.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 
 # SHA-256 as TensorFlow Datasets has them (url_checksums/wmt14_translate.txt)
 archives="0224c7c710c8a063dfd893b0cc0830202d61f4c75c17eb8e31836103d27d96e7 wmt13/training-parallel-europarl-v7.tgz training/europarl-v7.de-en

@@ -19,7 +19,7 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/examples/translation
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 batch=172032  # the paper's: 3584 tokens x 3 GPUs x 16 steps
-[ ! -d "$root/.venv/bin" ] || PATH=$root/.venv/bin:$PATH
+command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -37,6 +37,7 @@ share_out() {
     gpus=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count())')}
     machines=${MACHINES:-1} machine=${MACHINE:-0} tokens=${TOKENS:-3584}
     [ "$machine" -lt "$machines" ] || fail "MACHINE counts from 0 to MACHINES - 1, got $machine of $machines"
+    [ "$gpus" -gt 0 ] || [ "$machines" = 1 ] || fail "several MACHINES need GPUs, got GPUS=0"
     world=$((machines * (gpus > 0 ? gpus : 1)))
     [ $((batch % (world * tokens))) = 0 ] \
         || fail "$batch tokens an update cannot be shared out over $world GPUs x steps of $tokens tokens (TOKENS)"
@@ -163,6 +164,7 @@ mkdir -p "$model"
 say "Training $row: $world GPUs x $steps steps of $tokens tokens (log: $model/train.log)"
 if [ -e "$model/trained" ]; then echo "   (already there: $model)"; else train; fi
 [ "$machine" = 0 ] || exit 0
+[ -e "$model/checkpoint_best.pt" ] || fail "the training has made no $model/checkpoint_best.pt: see its log"
 touch "$model/trained"
 say "Evaluating $row (log: $model/checkpoint_best.log)"
 evaluate checkpoint_best

@@ -388,6 +388,8 @@ class _Running:
         self.step = step = self.job.next_step()
         if step is None:
             return False
+        if step == "train":  # of a longer run: what was evaluated is another model
+            self.job.file("evaluate", "finished").unlink(missing_ok=True)
         _write(self.job.file(step, "command"), self.job.command(step))
         first, *rest = self.job.commands[step]
         held = self.lock.fileno()

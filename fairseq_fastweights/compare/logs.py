@@ -23,6 +23,8 @@ PARAMETERS = re.compile(r"num\. (?:shared )?model params: ([\d,]+)")
 LOADED = re.compile(r"Loaded checkpoint .* \(epoch \d+ @ (\d+) updates\)")
 TOTAL_MEMORY = re.compile(r"total memory = ([\d.]+) GB")
 
+FAST_WEIGHT_STATS = re.compile(r"fw_(?:[a-z]+_)?\d+_")  # of --fast-weight-stats
+
 INNER, TRAIN = "train_inner", "train"  # the loggers of the last few updates and of an epoch
 NO_METRICS = set(
     "wps ups wpb bsz num_updates lr gnorm clip train_wall wall gb_free gb_total loss_scale epoch update "
@@ -46,7 +48,7 @@ class Stats:
         return {
             name: value
             for name, value in self.values.items()
-            if name not in NO_METRICS and not name.startswith("best_")
+            if name not in NO_METRICS and not name.startswith("best_") and not FAST_WEIGHT_STATS.match(name)
         }
 
 

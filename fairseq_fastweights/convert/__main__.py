@@ -61,7 +61,7 @@ def report(converted: Converted, dropped: List[str]) -> str:
     }
     lines = []
     for title, tensors in parts.items():
-        numbers = sum(x.numel() for x in tensors.values())
+        numbers = sum({x.data_ptr(): x.numel() for x in tensors.values()}.values())  # shared ones once
         lines.append(f"{title}: {len(tensors)} tensors, {numbers:,} numbers")
         lines += grouped(tensors, converted.factors if title == "kept" else {})
     return "\n".join(lines + [f"  {line}" for line in dropped])

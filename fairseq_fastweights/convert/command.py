@@ -62,12 +62,20 @@ def task_flags(source: Softmax) -> List[str]:
 
 
 def batch_flags(source: Softmax) -> List[str]:
-    """Batches as the softmax model had, where its checkpoint says."""
-    dataset = source.state["cfg"].get("dataset") or {}
-    for name in ("max_tokens", "batch_size"):
-        if dataset.get(name):
-            return [f"--{name.replace('_', '-')}", str(dataset[name])]
-    return ["--max-tokens", "4096"]
+    """Batches and precision as the softmax model had, where its checkpoint says; for one process."""
+    cfg = source.state["cfg"]
+    dataset, optimization, common, distributed = (
+        cfg.get(group) or {} for group in ("dataset", "optimization", "common", "distributed_training")
+    )
+    sizes = [name for name in ("max_tokens", "batch_size") if dataset.get(name)] or [None]
+    flags = ["--max-tokens", "4096"]
+    if sizes[0]:
+        flags = [f"--{sizes[0].replace('_', '-')}", str(dataset[sizes[0]])]
+    (steps, *_) = optimization.get("update_freq") or [1]
+    steps *= distributed.get("distributed_world_size") or 1
+    if steps > 1:
+        flags += ["--update-freq", str(steps)]
+    return flags + [f"--{name}" for name in ("fp16", "bf16") if common.get(name)]
 
 
 def criterion_flags(source: Softmax) -> List[str]:

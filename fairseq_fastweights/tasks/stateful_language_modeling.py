@@ -162,6 +162,11 @@ class StatefulLanguageModelingTask(LanguageModelingTask):
             )
         if not isinstance(dataset, Text):
             raise FastWeightError(f"{TASK}: --sample-break-mode eos is for generation, evaluation needs none")
+        if options.get("num_shards", 1) > 1:
+            raise FastWeightError(
+                f"{TASK}: one process evaluates the whole text: --distributed-world-size must be 1, "
+                f"got {options['num_shards']}"
+            )
         asked = max_tokens if batch_size is None and max_tokens != FAIRSEQS_MAX_TOKENS else None
         streams = 1 if batch_size is None and asked is None else batch_size
         iterator = self.get_batch_iterator(dataset, max_tokens=asked, max_sentences=streams, **options)

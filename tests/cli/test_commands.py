@@ -1,5 +1,6 @@
 """fairseq's commands with the plugin: by path and by name, translation and language model."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -80,6 +81,23 @@ def test_language_model_goes_on_from_prompts(data, language_model):
     lines = (data.text / "test.xx").read_text().splitlines()
     for number, text in found.items():
         assert text.split()[:2] == lines[number].split()[:2]
+
+
+def test_language_model_goes_on_from_typed_prompts(data, language_model, tmp_path):
+    """fairseq-interactive reads prompts of 12 words as it reads them word by word."""
+    lines = (data.text / "test.xx").read_text().split()
+    prompts = [" ".join(lines[i : i + 12]) for i in range(3)]
+    (tmp_path / "prompts").write_text("".join(prompt + "\n" for prompt in prompts))
+    flags = [data.words, "--path", language_model, *SEARCH, "--task", "language_modeling", "--max-len-b", 16]
+    flags += ["--input", tmp_path / "prompts", "--buffer-size", 3, "--batch-size", 3]
+    found = hypotheses(run("interactive", *flags))
+    assert [found[i].split()[:12] for i in range(3)] == [prompt.split() for prompt in prompts]
+    assert all(len(text.split()) > 12 for text in found.values())
+    with pytest.MonkeyPatch.context() as patch:  # without the scan that reads a prompt at once
+        patch.setattr(
+            "fairseq_fastweights.models.prompts.prompts_read_at_once", lambda *_: contextlib.nullcontext()
+        )
+        assert hypotheses(run("interactive", *flags)) == found
 
 
 @pytest.mark.parametrize("kind", ["translation", "language_model"])

@@ -49,7 +49,9 @@ def test_every_weight_that_fits_is_kept(softmax_models, tmp_path, kind):
         re.findall(r"^(kept|made new|dropped): \d+ tensors, ([\d,]+) numbers", printed, re.MULTILINE)
     )
     numbers = {name: int(count.replace(",", "")) for name, count in counts.items()}
-    assert numbers["kept"] == sum(x.numel() for x in old.values())
+    # --share-decoder-input-output-embed: once under two names
+    shared = old["decoder.output_projection.weight"] if kind == "translation" else torch.empty(0)
+    assert numbers["kept"] == sum(x.numel() for x in old.values()) - shared.numel()
     assert numbers["made new"] == sum(new[name].numel() for name in made)
     assert numbers["dropped"] == 0
     assert re.search(r"the optimizer's state \([\d,]+ numbers\)", printed)
@@ -79,6 +81,7 @@ def test_the_printed_commands_go_on(softmax_models, tmp_path, monkeypatch, kind)
         "--decoder-layers" in train and "--activation-fn" not in train
     )  # what differs from the architecture alone
     assert train[train.index("--max-update") + 1] == "3"  # a tenth of 30
+    assert "--update-freq" not in train and "--fp16" not in train
     assert "loading pretrained model from out.pt" in run_logged("train", *distil, *common)
     log = run_logged("train", *train, *common)
     assert "loading pretrained model from out-distilled/checkpoint_best.pt" in log
@@ -89,6 +92,17 @@ def test_the_printed_commands_go_on(softmax_models, tmp_path, monkeypatch, kind)
     name = "decoder.layers.0.fc1.weight"
     assert torch.equal(first[name], load(softmax_models[kind])["model"][name])
     assert not torch.equal(last[name], first[name])
+
+
+def test_the_printed_commands_have_batches_as_large(softmax_models, tmp_path):
+    """8 GPUs and 2 steps an update, in float16: 16 steps of one process."""
+    state = load(softmax_models["translation"])
+    state["cfg"]["optimization"]["update_freq"] = [2]
+    state["cfg"]["distributed_training"]["distributed_world_size"] = 8
+    state["cfg"]["common"]["fp16"] = True
+    torch.save(state, tmp_path / "in.pt")
+    for command in next_commands(convert(tmp_path / "in.pt", tmp_path / "out.pt")):
+        assert command[command.index("--update-freq") + 1] == "16" and "--fp16" in command
 
 
 VARIANTS = {

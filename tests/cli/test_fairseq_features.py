@@ -108,6 +108,8 @@ def test_lexical_constraints(data, translation, tmp_path, order):
     flags = [data.pairs, "--path", translation, *SEARCH, "--input", tmp_path / "constrained", "--beam", 8]
     output = run("interactive", *flags, "--constraints", order, "--buffer-size", 21, "--batch-size", 6)
     found = hypotheses(output)
+    free = hypotheses(generate(data.pairs, translation)).values()
+    assert not any(set(wanted) <= set(text.split()) for text in free)
     for number, text in found.items():
         places = [text.split().index(word) for word in wanted]
         assert order == "unordered" or places == sorted(places), number
@@ -135,7 +137,7 @@ def test_finetuning_begins_with_the_weights_alone(data, translation, tmp_path):
 
 
 def test_moving_average_of_the_weights(data, tmp_path):
-    """ema = 0.75 ema + 0.25 weights after every update, from the weights that a run begins with."""
+    """ema = 0.75 ema + 0.25 weights after an update, also in a run that is resumed."""
     flags = [*EVERYWHERE, "--store-ema", "--ema-decay", 0.75, "--ema-fp32"]
     states = {
         updates: load(train_translation(data.pairs, tmp_path / str(updates), *flags, "--max-update", updates))
@@ -169,7 +171,15 @@ def test_reduced_precision(data, tmp_path, flag):
 
     full = last_loss(tmp_path / "full")
     assert last_loss(tmp_path / flag, f"--{flag}") == pytest.approx(full, rel=0.02)
-    output = generate(data.pairs, tmp_path / flag / "checkpoint_last.pt", "--batch-size", 8)
+    path = tmp_path / flag / "checkpoint_last.pt"
+    kept = load(path)["model"]["decoder.layers.0.self_attn.q_proj.weight"].dtype
+    wanted = {
+        "fp16": torch.float16,
+        "bf16": torch.bfloat16,
+        "amp": torch.float32,
+    }  # amp does nothing on the CPU
+    assert kept == wanted[flag.removeprefix("memory-efficient-")]
+    output = generate(data.pairs, path, "--batch-size", 8)
     assert len(hypotheses(output)) == 21
 
 

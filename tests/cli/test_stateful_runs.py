@@ -18,6 +18,7 @@ from commands import (
     run,
     run_logged,
 )
+from fairseq import checkpoint_utils
 from fairseq.data import Dictionary, data_utils
 from test_training_runs import two_processes
 
@@ -144,6 +145,14 @@ def checkpoint(data, tmp_path_factory):
     """A delta rule with attention normalisation, trained over three epochs of streams."""
     save_dir = tmp_path_factory.mktemp("stateful")
     return train(data, save_dir, "--attention-normalization", "true", "--max-epoch", 3, common=TRAIN)
+
+
+def test_a_pass_is_not_shared_out(data, checkpoint):
+    """As fairseq would over all GPUs; each would read a part of the text."""
+    _, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)])
+    task.load_dataset("test")
+    with pytest.raises(FastWeightError, match="--distributed-world-size must be 1, got 2"):
+        task.eval_lm_dataloader(task.dataset("test"), num_shards=2)
 
 
 def evaluate(data, checkpoint, *flags):

@@ -287,6 +287,15 @@ def test_longer_goes_on_and_another_command_is_refused(tmp_path, capsys):
     assert starts(tmp_path / "runs/run") == 2
 
 
+def test_a_longer_run_is_evaluated_again(tmp_path):
+    evaluate = f"{sys.executable} -c 'print(open(\"{{dir}}/saved\").read())'"
+    for updates in (2, 2, 4):
+        grid = write(tmp_path, command=TRAINER + f" --max-update {updates}", evaluate=evaluate)
+        assert main(["run", grid]) == 0
+        assert (tmp_path / "runs/run/evaluate.log").read_text() == f"{updates}\n"
+    assert starts(tmp_path / "runs/run") == 2
+
+
 @pytest.mark.parametrize(
     "before, now, refused",
     [

@@ -37,6 +37,9 @@ def test_a_stopped_download_goes_on_and_is_checked(original, tmp_path, kind):
     assert target.read_bytes() == original.read_bytes()
     assert not target.with_name("target.part").exists()
     assert download(original, target, digest(kind, original)) == ""  # not again
+    target.write_bytes(b"something else")
+    assert "delete it and run this again" in download(original, target, digest(kind, original), ok=False)
+    assert target.read_bytes() == b"something else"
 
 
 def test_a_download_that_was_stopped_while_it_was_checked(original, tmp_path):

@@ -128,6 +128,10 @@ def test_bleu_by_length():
 
 
 def test_hypotheses_are_in_the_order_of_the_text(prepared, monkeypatch):
+    gap = subprocess.CompletedProcess([], 0, stdout="D-0\t-1\teins\nD-2\t-1\tdrei\n", stderr="")
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **_: gap)
+    with pytest.raises(SystemExit, match="no hypothesis for sentence 1 of test"):
+        evaluate.translate("x.pt", evaluate.read_data(prepared / "data"), "test", 5, 1.0, [])
     said = "S-1\tx\nH-1\t-1\t_b\nD-1\t-1.5\tzwei Wörter\nD-0\t-1\teins\nD-2\t-3\t\n"
     done = subprocess.CompletedProcess([], 0, stdout=said, stderr="")
     monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **_: done)
@@ -159,6 +163,30 @@ def test_the_best_setting_of_the_first_split_is_used_for_the_others(prepared, tm
     os.utime(tmp_path / "x.pt")  # another checkpoint: everything is translated again
     evaluate.evaluate(args)
     assert len(asked) == 10
+
+
+def test_hypotheses_of_another_system_are_not_used_again(prepared, tmp_path, monkeypatch):
+    asked = []
+
+    def translate(checkpoint, data, split, *_):
+        asked.append(checkpoint)
+        return data.raw(split, "de")
+
+    monkeypatch.setattr(evaluate, "translate", translate)
+    for name in "ab":
+        (tmp_path / f"{name}.pt").touch()
+    one, other, out = str(tmp_path / "a.pt"), str(tmp_path / "b.pt"), str(tmp_path / "out")
+    for words in ([one], [one], [f"{one}:{other}"], [f"{one}:{other}", "--", "--fp16"], [other]):
+        words = [words[0], str(prepared / "data"), "--split", "test", "--out", out, *words[1:]]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+        evaluate.main()
+    assert asked == [one, f"{one}:{other}", f"{one}:{other}", other]
+    assert evaluate.arguments([f"{one}:{other}", str(tmp_path)]).out == tmp_path / "a+b-scores"
+
+
+def test_lines_end_with_a_line_feed_alone(tmp_path):
+    (tmp_path / "x").write_bytes(b"a\rb\nc\r\n")
+    assert evaluate.read_lines(tmp_path / "x") == ["a\rb", "c\r"]
 
 
 def averaged(monkeypatch, *words, status=0):

@@ -127,7 +127,7 @@ def add(archive: tarfile.TarFile, name: str, text: str) -> None:
     archive.addfile(info, io.BytesIO(content))
 
 
-def test_iwslt14_is_split_like_fairseqs_example(tmp_path, without_binarising):
+def test_iwslt14_is_dealt_out_pair_by_pair(tmp_path, without_binarising):
     talks = sentences(92, 4)
     tests = ["TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012"]
     with tarfile.open(tmp_path / "de-en.tgz", "w:gz") as archive:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq.tasks import TASK_REGISTRY
 from fairseq_cli import train as fairseq_train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +20,6 @@ sys.path.insert(0, str(ROOT / "tests/cli"))
 from commands import run_logged  # noqa: E402
 
 import fairseq_fastweights  # noqa: E402, F401  (registers the tasks)
-from fairseq_fastweights.update_rules import UPDATE_RULES  # noqa: E402
 
 RECIPES = ROOT / "examples/language_model"
 ROW = re.compile(r"^\| `(\S+)` \| (\w+) \| (\w+) \| (.+) \| (.+) \| (.+) \| (.*) \|$", re.MULTILINE)
@@ -30,17 +28,6 @@ ROWS = [
     dict(zip(COLUMNS, cells, strict=True)) for cells in ROW.findall((RECIPES / "WIKITEXT103.md").read_text())
 ]
 OURS = [row for row in ROWS if row["context"] != "published"]
-
-
-def is_there(row) -> bool:
-    """Whether this version has the row's task and rule: rows may be listed before what they need."""
-    if row["context"] == "carried" and "stateful_language_modeling" not in TASK_REGISTRY:
-        return False
-    rule = re.search(r"--update-rule (\S+?)[` ]", row["flags"])[1]
-    return rule == "softmax" or rule in UPDATE_RULES
-
-
-READY = [row for row in OURS if is_there(row)]
 
 
 def bash(script, *arguments, ok=True, **environment) -> str:
@@ -216,7 +203,7 @@ def test_published_rows_are_not_trained():
     assert "for comparison only" in bash("train_wikitext103.sh", name, ok=False)
 
 
-@pytest.mark.parametrize("row", READY, ids=lambda row: row["row"])
+@pytest.mark.parametrize("row", OURS, ids=lambda row: row["row"])
 def test_two_updates(row, text, binarised):
     command = command_of("--smoke", text, row["row"], WORK=str(binarised))
     assert command.pop(0) == "fairseq-train"
@@ -316,5 +303,5 @@ def test_the_recipe_evaluates_with_stride_1(finished):
     perplexity = float(torch.tensor(by_hand(model, stream, 1), dtype=torch.float64).mean().neg().exp())
     other = float(torch.tensor(by_hand(model, stream, WINDOW), dtype=torch.float64).mean().neg().exp())
     reported = float(re.search(r"test ([0-9.]+)", printed.splitlines()[-1])[1])
-    assert reported == pytest.approx(perplexity, rel=1e-5)
+    assert reported == pytest.approx(perplexity, abs=0.006)  # two digits are printed
     assert reported != pytest.approx(other, rel=1e-3)

@@ -127,6 +127,19 @@ def test_two_updates(row, pairs, prepared):
     assert len(losses) == 2 and all(0 < loss < 100 for loss in losses), log[-2000:]
 
 
+def test_several_machines_need_gpus():
+    said = bash(
+        TRANSLATION / "train_wmt14.sh",
+        "--print",
+        "linear",
+        ok=False,
+        MACHINES="2",
+        MACHINE="1",
+        MASTER="a:1",
+    )
+    assert "several MACHINES need GPUs, got GPUS=0" in said
+
+
 @pytest.mark.long
 def test_a_row_from_its_beginning_to_its_end(pairs, tmp_path):
     small = [f"--{side}-{size}" for side in ("encoder", "decoder") for size in ("embed-dim", "ffn-embed-dim")]
