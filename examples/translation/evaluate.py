@@ -209,7 +209,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     if "--" in words:
         own, flags = words[: words.index("--")], words[words.index("--") + 1 :]
     args = parser.parse_args(own)
-    args.flags = flags
+    args.flags, args.again = flags, False
     for checkpoint in args.checkpoint.split(":"):
         if not Path(checkpoint).exists():
             parser.error(f"there is no checkpoint {checkpoint}")

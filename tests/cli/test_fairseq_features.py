@@ -155,23 +155,25 @@ def test_moving_average_of_the_weights(data, tmp_path):
     assert_same_tree(resumed["extra_state"]["ema"], after)
 
 
+def last_loss(data, folder, *more) -> float:
+    """Of 20 updates."""
+    rest = "--optimizer adam --lr 0.01 --batch-size 8 --dropout 0 --disable-validation --seed 3 --cpu"
+    rest += " --max-update 20 --log-format json --log-interval 20"
+    arch = ["--user-dir", PACKAGE, "--arch", "fast_weight_transformer", *TINY, *EVERYWHERE]
+    log = run_logged("train", data.pairs, *arch, *rest.split(), "--save-dir", folder, *more)
+    return float(re.findall(r'"loss": "([\d.]+)"', log)[0])
+
+
+@pytest.fixture(scope="module")
+def loss_in_float32(data, tmp_path_factory):
+    return last_loss(data, tmp_path_factory.mktemp("full"))
+
+
 @pytest.mark.parametrize("flag", ["fp16", "memory-efficient-fp16", "bf16", "memory-efficient-bf16", "amp"])
-def test_reduced_precision(data, tmp_path, flag):
+def test_reduced_precision(data, tmp_path, loss_in_float32, flag):
     """As far as the CPU goes: it trains, near the run in float32, and the checkpoint translates."""
-    flags = [*EVERYWHERE, "--max-update", 20, "--log-format", "json", "--log-interval", 20]
-
-    def last_loss(folder, *more):
-        log = run_logged("train", *training(data, folder), *flags, *more)
-        return float(re.findall(r'"loss": "([\d.]+)"', log)[0])
-
-    def training(data, folder):
-        arch = ["--user-dir", PACKAGE, "--arch", "fast_weight_transformer", *TINY]
-        rest = "--optimizer adam --lr 0.01 --batch-size 8 --dropout 0 --disable-validation --seed 3 --cpu"
-        return [data.pairs, *arch, *rest.split(), "--save-dir", folder]
-
-    full = last_loss(tmp_path / "full")
-    assert last_loss(tmp_path / flag, f"--{flag}") == pytest.approx(full, rel=0.02)
-    path = tmp_path / flag / "checkpoint_last.pt"
+    assert last_loss(data, tmp_path, f"--{flag}") == pytest.approx(loss_in_float32, rel=0.02)
+    path = tmp_path / "checkpoint_last.pt"
     weight = load(path)["model"]["decoder.layers.0.self_attn.q_proj.weight"]  # saved in float32
     trained_in = torch.bfloat16 if "bf16" in flag else torch.float16
     # amp keeps float32 weights, and does nothing else on the CPU
