@@ -259,8 +259,8 @@ def add_multiple(x, factor, y):
 def flush_subnormals(typing_context):
     """From now on numbers below the smallest normal one are 0 in this thread; returns the setting for ``restore``.
 
-    An x86 takes a hundred times as long for one of them, and what decays at every token is full of them. Other
-    processors go on as they were.
+    An x86 is slow with them, and what decays at every token is full of them: 140 keys of associative retrieval with
+    the fwm rule trained 12 times as fast without. Other processors go on as they were.
     """
 
     def codegen(context, builder, signature, arguments):

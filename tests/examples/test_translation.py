@@ -189,6 +189,21 @@ def test_lines_end_with_a_line_feed_alone(tmp_path):
     assert evaluate.read_lines(tmp_path / "x") == ["a\rb", "c\r"]
 
 
+def test_what_translating_documents_keeps(prepared, trained, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    documents = importlib.import_module("documents")
+    checkpoint = str(trained / "checkpoint_best.pt")
+    flags = "--sentences 3 --documents 2 --words 100".split()
+    monkeypatch.setattr(sys, "argv", ["documents.py", str(prepared / "data"), checkpoint, *flags])
+    documents.main()
+    printed = capsys.readouterr().out
+    assert "2 documents of 3 sentences" in printed
+    rows = re.findall(r"^\| trained \| (\S+) \| ([\d,]+) \| [\d.]+ \|$", printed, re.MULTILINE)
+    assert [steps for steps, _ in rows] == ["1-50", "51-100"]
+    # 4 heads of width 4 with 8 features: the state, and up to 16 pairs
+    assert rows[0][1] == rows[1][1] and int(rows[0][1].replace(",", "")) >= 4 * 4 * 8 * 4
+
+
 def averaged(monkeypatch, *words, status=0):
     monkeypatch.setattr(sys, "argv", ["average_checkpoints.py", *map(str, words)])
     assert average_checkpoints.main() == status
