@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -52,6 +53,36 @@ def command_of(grid: Grid, row: str, step: str, usual: str, new_lines: str) -> s
     job = next((job for job in grid.jobs if job.name.startswith(row)), grid.jobs[0])
     words = job.command(step).replace(str(grid.out.parent), usual)
     return re.sub(rf" (--({new_lines}))", r" \\\n    \1", words)
+
+
+def flags_of_rows(grid: Grid, usual: str) -> str:
+    """A paragraph and a block of code: the flags in which the rows' commands differ, but for folder and seed."""
+    lines = []
+    for step, title in (("train", ""), ("evaluate", ", evaluation")):
+        rows = {SEED_IN_NAME.sub("", job.name): flags(job.commands[step]) for job in grid.jobs}
+        shared = set.intersection(*map(set, rows.values()))
+        for name, own in rows.items():
+            differing = [
+                x
+                for x in own
+                if x not in shared and not x.startswith(("--save-dir", "--seed", "--path", "--out"))
+            ]
+            if differing:
+                lines.append((name + title, " ".join(differing).replace(str(grid.out.parent), usual)))
+    width = max((len(name) for name, _ in lines), default=0)
+    block = "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
+    return f"What differs from row to row, beside the folder:\n\n```\n{block}\n```\n"
+
+
+def flags(command: list[str]) -> list[str]:
+    """The flags of a command, each with its values."""
+    found: list[str] = []
+    for word in command:
+        if word.startswith("--"):
+            found.append(word)
+        elif found:
+            found[-1] += f" {shlex.quote(word)}"
+    return found
 
 
 def machine() -> str:

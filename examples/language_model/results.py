@@ -17,6 +17,7 @@ from results_in_readme import (  # noqa: E402
     command_of,
     draw,
     finished_rows,
+    flags_of_rows,
     machine,
     unfinished,
     write_between_marks,
@@ -73,6 +74,7 @@ def results(grid: Grid, rows: list[Row], ratio: dict[str, float]) -> str:
         "![validation perplexity by updates](wikitext2.png)\n",
         "One row by hand, from the folder of the clone:\n",
         f"```bash\n{commands[0]}\n{commands[1]}\n```\n",
+        flags_of_rows(grid, USUAL),
     ]
     return "\n".join(parts)
 

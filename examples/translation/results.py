@@ -26,6 +26,7 @@ from results_in_readme import (  # noqa: E402
     command_of,
     draw,
     finished_rows,
+    flags_of_rows,
     machine,
     unfinished,
     write_between_marks,
@@ -118,6 +119,7 @@ def results(grid: Grid, rows: list[Row], references: Sequence[str]) -> str:
         "![test BLEU by source length](multi30k-lengths.png)\n",
         "One row by hand, from the folder of the clone:\n",
         f"```bash\n{commands[0]}\n{commands[1]}\n```\n",
+        flags_of_rows(grid, USUAL),
     ]
     return "\n".join(parts)
 

@@ -208,6 +208,10 @@ def test_results_between_the_marks(finished, tmp_path, monkeypatch):
         pattern = rf"\| {row} \| 1 \| 5.7 \| {test} \| 13.61 \| {word} \| 69,120 \| {speed} \| 0.1 \|"
         assert len([line for line in lines if re.fullmatch(pattern, line)]) == 1
     assert "Not finished: sum+elu,seed=1." in lines
+    assert (
+        "softmax    --update-rule softmax" in lines
+        and "delta+elu  --update-rule delta --feature-map elu" in lines
+    )
     assert "    --task language_modeling --update-rule delta --feature-map elu \\" in lines
     assert str(finished) not in written.read_text()
     assert (written.parent / "wikitext2.svg").is_file() and (written.parent / "wikitext2.png").is_file()

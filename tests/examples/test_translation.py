@@ -323,7 +323,8 @@ def test_results_between_the_marks(finished, tmp_path, monkeypatch):
         results.main()
     text = written.read_text()
     assert text.startswith(before) and text.endswith(after) and str(finished) not in text
-    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in text.splitlines()}
+    section = text[len(before) : len(text) - len(after)]
+    rows = {line.split(" | ")[0]: line.strip("| ").split(" | ") for line in section.splitlines()}
     softmax, delta = rows["| softmax"], rows["| delta+elu"]
     assert softmax[1:3] == ["1", "100"] and softmax[5:7] == ["", ""]
     references = evaluate.read_lines(finished / "data/raw/test.de")
