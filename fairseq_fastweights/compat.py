@@ -48,6 +48,7 @@ def apply() -> None:
     gather_streams_before_saving()
     read_prompts_at_once()
     block_repeats_on_the_cpu()
+    log_a_bleu_of_zero()
     train_fp16_on_the_cpu()
     train_bf16_without_tpu()
     restore_numpy_compat_long()
@@ -429,6 +430,27 @@ def block_repeats_on_the_cpu() -> None:
         return forward_words_so_far
 
     _wrap(NGramRepeatBlock, "forward", make)
+
+
+def log_a_bleu_of_zero() -> None:
+    """Let --best-checkpoint-metric bleu survive a validation in which all translations are empty, as early ones can be.
+
+    The task then logs no BLEU at all, and fairseq-train ends in KeyError: 'bleu'.
+    Can go when TranslationTask.reduce_metrics logs 0.
+    """
+    from fairseq.logging import metrics
+    from fairseq.tasks.translation import TranslationTask
+
+    def make(reduce_metrics: Callable) -> Callable:
+        def reduce_metrics_with_bleu(task: Any, logging_outputs: Any, criterion: Any) -> None:
+            reduce_metrics(task, logging_outputs, criterion)
+            measured = task.cfg.eval_bleu and any("_bleu_sys_len" in log for log in logging_outputs)
+            if measured and not any(log.get("_bleu_totals_0") for log in logging_outputs):
+                metrics.log_scalar("bleu", 0.0, round=2)
+
+        return reduce_metrics_with_bleu
+
+    _wrap(TranslationTask, "reduce_metrics", make)
 
 
 def train_fp16_on_the_cpu() -> None:

@@ -524,6 +524,28 @@ def test_repeated_pairs_are_blocked_without_the_extension(without_shim):
     assert blocked() == []
 
 
+@pytest.mark.parametrize("words", [0, 5])
+def test_a_validation_without_a_word_has_bleu_0(words, without_shim):
+    from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+    from fairseq.logging import metrics
+    from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+    task = TranslationTask(TranslationConfig(eval_bleu=True), None, None)
+    log = {"loss": 1.0, "ntokens": 5, "nsentences": 1, "sample_size": 5}
+    log |= {"_bleu_sys_len": words, "_bleu_ref_len": 5}
+    for n in range(4):
+        log |= {f"_bleu_counts_{n}": words // (n + 2), f"_bleu_totals_{n}": max(0, words - n)}
+
+    def bleu():
+        with metrics.aggregate(new_root=True) as found:
+            task.reduce_metrics([log], CrossEntropyCriterion(task, False))
+        return found.get_smoothed_values().get("bleu")
+
+    assert bleu() > 0 if words else bleu() == 0
+    without_shim(TranslationTask, "reduce_metrics")
+    assert (bleu() is None) == (words == 0)
+
+
 # --- fp16 and bf16 ---------------------------------------------------------------------------------------
 
 TINY_LM = [
