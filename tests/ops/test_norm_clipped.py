@@ -89,11 +89,10 @@ def test_half_precision_is_summed_in_float32():
 
 
 def test_subnormal_numbers_are_flushed_in_the_kernel_alone():
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return
     torch.set_flush_denormal(False)  # as an earlier test may have left it
     k, v, beta = (torch.full(shape, 1e-20) for shape in ((1, 1, 1, 4), (1, 1, 1, 4), (1, 1, 1)))
-    assert not norm_clipped_write(k, v, torch.ones_like(beta)).any()  # 1e-40
+    on_x86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere nothing is flushed
+    assert bool(norm_clipped_write(k, v, torch.ones_like(beta)).any()) != on_x86  # 1e-40
     assert (k * v).all()
 
 
