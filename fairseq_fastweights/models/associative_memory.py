@@ -132,14 +132,20 @@ class AssociativeMemory(BaseFairseqModel):
 
     def forward(self, keys: Tensor, values: Tensor, query: Tensor) -> Tensor:
         """keys, values (B, L) and query (B,), numbers below num_keys -> (B, num_keys), the value read."""
-        v = F.one_hot(values, self.num_keys).to(self.k_proj.weight.dtype)  # (B, L, num_keys)
-        x = torch.cat([v, self.embed_keys(keys)], dim=-1)
-        k, q = self.k_proj(x), self.q_proj(self.embed_keys(query))
+        one_hot = torch.eye(self.num_keys, dtype=self.k_proj.weight.dtype, device=values.device)
+        v = one_hot[values]  # (B, L, num_keys)
+        k, q = self.of_pairs(self.k_proj, keys, values), self.q_proj(self.embed_keys(query))
         if self.phi is None:
             return self.memory(q, k, v, None)
         self.redraw()
-        beta = self.beta_proj(x).squeeze(-1).sigmoid()  # (B, L)
+        beta = self.of_pairs(self.beta_proj, keys, values).squeeze(-1).sigmoid()  # (B, L)
         return self.memory(self.phi(q), self.phi(k), v, beta)
+
+    def of_pairs(self, projection: nn.Linear, keys: Tensor, values: Tensor) -> Tensor:
+        """projection([v; e(key)]) -> (B, L, its width). Every key and value is projected once, then looked up."""
+        of_value, of_key = projection.weight.split([self.num_keys, self.embed_keys.embedding_dim], dim=1)
+        by_key = F.linear(self.embed_keys.weight, of_key, projection.bias)  # (2 num_keys, width)
+        return F.embedding(values, of_value.t()) + F.embedding(keys, by_key)
 
     def redraw(self) -> None:
         """FAVOR+ has new directions for every batch, at evaluation too, as in the authors' synthetic code."""

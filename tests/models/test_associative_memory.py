@@ -76,6 +76,17 @@ def test_parameters_have_gradients_where_the_rule_uses_them(rule):
     assert unused == ({"beta_proj.weight", "beta_proj.bias"} if rule == "sum" else set())
 
 
+@pytest.mark.parametrize("rule", MEMORIES)
+def test_memory_is_given_projections_of_each_key_beside_its_one_hot_value(rule):
+    model = memory(rule).double()
+    keys, values, query = sample()
+    x = torch.cat([torch.eye(6, dtype=torch.float64)[values], model.embed_keys(keys)], dim=-1)
+    phi = model.phi or torch.nn.Identity()
+    beta = None if rule == "softmax" else model.beta_proj(x).squeeze(-1).sigmoid()
+    given = phi(model.q_proj(model.embed_keys(query))), phi(model.k_proj(x)), x[..., :6], beta
+    torch.testing.assert_close(model(keys, values, query), MEMORIES[rule](*given), rtol=1e-12, atol=1e-12)
+
+
 def test_directions_are_new_for_every_batch_and_repeatable():
     model = memory("sum", "favor", favor_features=4)
     given = sample()
