@@ -304,4 +304,4 @@ def test_the_recipe_evaluates_with_stride_1(finished):
     other = float(torch.tensor(by_hand(model, stream, WINDOW), dtype=torch.float64).mean().neg().exp())
     reported = float(re.search(r"test ([0-9.]+)", printed.splitlines()[-1])[1])
     assert reported == pytest.approx(perplexity, abs=0.006)  # two digits are printed
-    assert reported != pytest.approx(other, rel=1e-3)
+    assert reported != pytest.approx(other, abs=0.1)

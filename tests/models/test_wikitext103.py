@@ -13,6 +13,8 @@ from fairseq.optim import FairseqOptimizer
 from fairseq.optim.lr_scheduler.cosine_lr_scheduler import CosineLRSchedule
 from tiny_models import build
 
+from fairseq_fastweights.errors import FastWeightError
+
 TYPES = 267_735  # of the training text, with <eos> and <unk>
 LAYERS, HEADS, FFN, BANDS = 16, 8, 2048, 4  # words up to 20k, 40k, 200k and the rest
 WIDTHS = {"small": 128, "medium": 256}
@@ -26,13 +28,8 @@ PAPER = {
 
 
 def differences(width: int, rule: str) -> dict[str, int]:
-    """What our models have more (or, negative, less) than the authors', by part."""
-    parts = {
-        "embeddings of fairseq's <s> and <pad>": 2 * width,
-        "fairseq's adaptive input: a projection of each band": BANDS * width**2,
-        "the authors' adaptive softmax: a bias of each word": -TYPES,
-        "the authors' adaptive softmax: a bias of each cluster": -(BANDS - 1),
-    }
+    """What our models have more than the authors', by part."""
+    parts = {"embeddings of fairseq's <s> and <pad>": 2 * width, "biases of these two words": 2}
     if rule == "softmax":
         parts["fairseq's MultiheadAttention: biases of q, k, v and the output"] = LAYERS * 4 * width
     return parts
@@ -53,8 +50,8 @@ def authors_parameters(width: int, rule: str) -> dict[str, int]:
 
 OURS = {  # part of a parameter's name -> the part of the model
     r"embed_tokens\.embeddings\.\d\.0\.": "embeddings",
-    r"embed_tokens\.embeddings\.\d\.1\.": "band projections",
-    r"adaptive_softmax\.head\.class_proj\.": "cluster weights",
+    r"adaptive_softmax\..*bias$": "word and cluster biases",
+    r"adaptive_softmax\.head\.class_proj\.weight": "cluster weights",
     r"self_attn\.": "attention",
     r"\.fc[12]\.": "feed-forward",
     r"layer_norm\.": "layer norms",
@@ -103,9 +100,8 @@ def test_parameters_differ_from_the_papers_by_the_listed_parts_only(words, size,
     assert sum(p.numel() for p in model.parameters()) == papers + sum(listed.values())
 
     expected = authors_parameters(width, rule)
-    del expected["word and cluster biases"]
     expected["embeddings"] += listed["embeddings of fairseq's <s> and <pad>"]
-    expected["band projections"] = listed["fairseq's adaptive input: a projection of each band"]
+    expected["word and cluster biases"] += listed["biases of these two words"]
     expected["attention"] += sum(n for part, n in listed.items() if "MultiheadAttention" in part)
     assert parameters_by_part(model) == expected
 
@@ -203,12 +199,87 @@ def test_embeddings_are_scaled_and_positions_are_added_unless_turned_off(without
     torch.testing.assert_close(seen[0].transpose(0, 1), embedded, rtol=1e-5, atol=1e-5)
 
 
-def test_one_embedding_matrix_for_input_and_output():
+def test_one_embedding_matrix_for_input_and_output_and_no_projections():
     decoder = toy().decoder
-    for band, tail in enumerate(decoder.adaptive_softmax.tail):
-        embedding, projection = decoder.embed_tokens.weights_for_band(band + 1)
-        assert tail[2].weight is embedding and tail[0].weight is projection
-    assert decoder.adaptive_softmax.head.word_proj.weight is decoder.embed_tokens.weights_for_band(0)[0]
+    softmax, bands = decoder.adaptive_softmax, decoder.embed_tokens.embeddings
+    for band, scores in zip(bands, [softmax.head.word_proj, *softmax.tail], strict=True):
+        assert band[0].weight is scores.weight
+    matrix = torch.cat([band[0].weight for band in bands])
+    assert torch.equal(decoder.embed_tokens(TOKENS), matrix[TOKENS])
+
+
+def test_log_probabilities_are_the_authors():
+    """A word's is e . x + b in its band, beside the band's own w . x + b among the words of the first."""
+    softmax = toy().decoder.adaptive_softmax.double()
+    for name, parameter in softmax.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        assert name.endswith(("weight", "bias"))
+    x = torch.randn(2, 3, 128, dtype=torch.float64)
+    scores = [x @ band.weight.t() + band.bias for band in (softmax.head.word_proj, *softmax.tail)]
+    clusters = x @ softmax.head.class_proj.weight.t() + softmax.head.class_proj.bias
+    first = torch.cat([scores[0], clusters], -1).log_softmax(-1)
+    expected = [first[..., :6]]
+    for band, words in enumerate(scores[1:]):
+        expected.append(words.log_softmax(-1) + first[..., 6 + band, None])
+    torch.testing.assert_close(
+        softmax.eval().get_log_prob(x, None), torch.cat(expected, -1), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"adaptive_input": False, "tie_adaptive_weights": False}, "needs --adaptive-input"),
+        ({"tie_adaptive_weights": False}, "needs --adaptive-input"),
+        ({"adaptive_input_factor": 2, "adaptive_softmax_factor": 2}, "all bands as wide as .* 128, got"),
+    ],
+)
+def test_what_cannot_be_tied_is_refused_in_one_line(options, said):
+    with pytest.raises(FastWeightError, match=f"^--biased-adaptive-softmax .*{said}"):
+        toy(**options)
+
+
+def test_fairseqs_adaptive_softmax_is_a_flag_away():
+    softmax = toy(biased_adaptive_softmax=False).decoder.adaptive_softmax
+    assert [type(softmax.head).__name__, type(softmax.tail[0]).__name__] == ["TiedHeadModule", "Sequential"]
+
+
+def test_initial_values_are_the_authors():
+    """Everything from N(0, 0.02^2), weights of norms around 1, biases 0; and the padding's embedding is 0."""
+    model = toy("medium", decoder_layers=4)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+            continue
+        centre = 1.0 if "layer_norm" in name else 0.0
+        is_zero = (parameter == 0).view(len(parameter), -1).all(-1)  # row by row
+        padding = [model.decoder.padding_idx] if "embeddings.0" in name else []
+        assert is_zero.nonzero().flatten().tolist() == padding, name
+        drawn = parameter[~is_zero]
+        error = 6 / drawn.numel() ** 0.5  # six deviations of the mean and more of the deviation
+        assert abs(drawn.mean().item() - centre) < 0.02 * error, name
+        assert abs(drawn.std().item() / 0.02 - 1) < error, name
+
+
+def test_decays_keep_their_own_initial_values():
+    decays = [
+        {
+            n: p
+            for n, p in toy(update_rule="gated-delta", initial_std=std).named_parameters()
+            if ".decay." in n
+        }
+        for std in (0.0, 0.02)
+    ]
+    assert decays[0] and all(torch.equal(p, decays[1][name]) for name, p in decays[0].items())
+
+
+def test_other_initial_values_are_flags_away():
+    fairseqs = toy(initial_std=0.0).decoder
+    assert (fairseqs.layers[0].final_layer_norm.weight == 1).all()
+    assert fairseqs.embed_tokens.embeddings[1][0].weight.std() > 0.05
+    assert toy(initial_std=0.1).decoder.layers[0].fc1.weight.std().item() == pytest.approx(0.1, rel=0.05)
+    with pytest.raises(FastWeightError, match="--initial-std must be at least 0, got -1"):
+        toy(initial_std=-1.0)
 
 
 class NoOptimizer(FairseqOptimizer):
