@@ -1,4 +1,4 @@
-"""What fast weights do in training, as fairseq metrics; and where the first value that is not finite came from.
+"""What fast weights do in training, as fairseq metrics; and what they name of a value that is not finite (``finite``).
 
     attach_stats(model, interval=100)
 
@@ -8,7 +8,7 @@ The numbers go into whatever fairseq is aggregating (train_inner, train, valid);
 
 import logging
 import re
-from typing import Dict, Optional, Set, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 from fairseq.logging import metrics
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import FastWeightError
 from .fast_weight_attention import FastWeightAttention
+from .finite import Instrument, Trace, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -30,30 +31,22 @@ SITE_NAMES = {
 Number = Tuple[Tensor, int]  # a scalar, and the tokens or rows that it is the mean over
 
 
-class LayerStats(nn.Module):
+class LayerStats(Instrument):
     """The instruments of one attention.
-
-    A module, so that it knows training from evaluation, and fairseq tells it the updates.
 
     Args:
         name: of the attention in its model; layer, site: see ``layer_of`` and ``site_of``.
         prefix: of its metrics.
         interval: training updates between measurements; in evaluation every batch is measured.
-        warned: the layers and the updates in which something was not finite; the layers of a model share it.
+        trace: that the instruments of a model share.
     """
 
-    def __init__(self, name: str, layer: int, site: str, prefix: str, interval: int, warned: Set[str]):
-        super().__init__()
+    def __init__(self, name: str, layer: int, site: str, prefix: str, interval: int, trace: Trace):
+        super().__init__(trace)
         self.layer_name = f"{SITE_NAMES[site].format(layer)} ({name})"
         self.prefix = prefix
         self.interval = interval
-        self.warned = warned
-        self.update = 0  # the one that is being made, or was made last
         self.seen: Dict[str, Optional[Tensor]] = {}
-
-    def set_num_updates(self, num_updates: int) -> None:
-        """Called by fairseq before every training update with the number of those made."""
-        self.update = num_updates + 1
 
     def see(self, **tensors: Optional[Tensor]) -> None:
         """Keep tensors of this forward pass, in the order in which they were computed."""
@@ -91,21 +84,16 @@ class LayerStats(nn.Module):
             metrics.log_scalar(f"{self.prefix}_{name}", value, weight, priority=AFTER_FAIRSEQ)
 
     def check_finite(self, seen: Dict[str, Optional[Tensor]]) -> None:
-        """Warn of the first tensor that is not finite: once a layer, and of the first layer only in an update."""
+        """Warn of the first tensor that is not finite, or of the module before this attention that it came from."""
         # a value that is not finite reaches one of these; sums of finite ones can overflow too
         total = seen["out"].sum(dtype=torch.float32) + seen["state"].sum()
         if bool(total.isfinite()):
             return
         where = next((name for name, x in seen.items() if not is_finite(x)), None)
-        moment = f"update {self.update}" if self.training else f"validation after update {self.update}"
-        if where is None or moment in self.warned:
+        if where is None:
             return
-        known = self.layer_name in self.warned
-        self.warned.update((moment, self.layer_name))
-        if not known:
-            logger.warning(
-                f"first non-finite value: {self.layer_name}, tensor {where} ({census(seen[where])}), {moment}"
-            )
+        earlier = self.trace.first_wrong() if where in ("input", "source") else None
+        self.warn(*(earlier or (self.layer_name, where, census(seen[where]))))
 
 
 def is_finite(x: Optional[Tensor]) -> bool:
@@ -233,9 +221,11 @@ def attach_stats(model: nn.Module, interval: int) -> None:
     found = [(name, x) for name, x in model.named_modules() if isinstance(x, FastWeightAttention)]
     if not found:
         logger.info("fast_weight_stats has no effect: the model has no fast-weight attention")
+        return
     several = len({site_of(attention) for _, attention in found}) > 1
-    warned: Set[str] = set()
+    trace = Trace()
     for name, attention in found:
         layer, site = layer_of(name), site_of(attention)
         prefix = f"fw_{site}_{layer}" if several else f"fw_{layer}"
-        attention.stats = LayerStats(name, layer, site, prefix, interval, warned)
+        attention.stats = LayerStats(name, layer, site, prefix, interval, trace)
+    model.finite_watch = Watch(model, trace)
