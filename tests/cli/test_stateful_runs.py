@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from commands import (
 )
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary, data_utils
+from fairseq_cli import eval_lm
 from test_training_runs import two_processes
 
 from fairseq_fastweights import FastWeightError
@@ -156,35 +158,40 @@ def test_a_pass_is_not_shared_out(data, checkpoint):
 
 
 def evaluate(data, checkpoint, *flags):
-    """(tokens, loss) of fairseq-eval-lm on the test split."""
-    log = run_logged("eval_lm", data.words, "--user-dir", PACKAGE, "--cpu", "--path", checkpoint, *flags)
+    """(tokens, loss) of fairseq-eval-lm on the test split; the loss with all its digits, of which it logs five."""
+    found, evaluation = [], eval_lm.eval_lm
+
+    def kept(*args, **kwargs):
+        found.append(evaluation(*args, **kwargs))
+        return found[0]
+
+    with mock.patch("fairseq_cli.eval_lm.eval_lm", kept):
+        log = run_logged("eval_lm", data.words, "--user-dir", PACKAGE, "--cpu", "--path", checkpoint, *flags)
     tokens = re.search(r"Evaluated ([\d,]+) tokens", log)[1]
-    return int(tokens.replace(",", "")), float(re.search(r"Loss \(base 2\): ([\d.]+)", log)[1])
+    logged = float(re.search(r"Loss \(base 2\): ([\d.]+)", log)[1])
+    loss = float(found[0]["loss"])
+    assert loss == pytest.approx(logged, abs=6e-5)
+    return int(tokens.replace(",", "")), loss
 
 
 def test_perplexity_does_not_depend_on_the_segments(data, checkpoint):
     task = ["--task", "stateful_language_modeling"]
-    found = [evaluate(data, checkpoint, *task, "--tokens-per-sample", n) for n in (7, 64, 1000)]
     text = (data.text / "test.xx").read_text()
-    assert found[0] == (len(text.split()) + text.count("\n"), pytest.approx(found[1][1], abs=1e-4))
-    assert found[1] == found[2]
-    at_once = evaluate(
-        data,
-        checkpoint,
-        "--task",
-        "language_modeling",
-        "--tokens-per-sample",
-        1000,
-        "--model-overrides",
-        "{'max_target_positions': 1000}",
-    )
-    assert at_once == found[2]
+    words = len(text.split()) + text.count("\n")
+    whole = "--task language_modeling --tokens-per-sample 1000".split()
+    overrides = ["--model-overrides", "{'max_target_positions': 1000}"]
+    _, loss = evaluate(data, checkpoint, *whole, *overrides)
+    for n in (1, 7, 64, words - 1, 1000):
+        found = evaluate(data, checkpoint, *task, "--tokens-per-sample", n)
+        assert found == (words, pytest.approx(loss, rel=1e-5)), n
 
 
 def test_separate_texts_and_parallel_streams(data, checkpoint):
     task = ["--task", "stateful_language_modeling", "--tokens-per-sample", 64]
     sentences = "--task language_modeling --sample-break-mode eos --tokens-per-sample 64".split()
-    assert evaluate(data, checkpoint, *task, "--reset-at", "</s>") == evaluate(data, checkpoint, *sentences)
+    tokens, loss = evaluate(data, checkpoint, *sentences)
+    reset = evaluate(data, checkpoint, *task, "--reset-at", "</s>")
+    assert reset == (tokens, pytest.approx(loss, rel=1e-5))
     tokens, loss = evaluate(data, checkpoint, *task)
     in_three = evaluate(data, checkpoint, *task, "--batch-size", 3)
     assert in_three[0] == tokens and 0 < abs(in_three[1] - loss) < 0.5
