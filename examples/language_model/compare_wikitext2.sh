@@ -34,3 +34,7 @@ bash "$here/prepare_text.sh" "$text" "$work/data"
 
 source "$root/examples/compare/run_rows.sh"
 run_rows "$here/wikitext2.yaml"
+if [ -z "$smoke" ] || [ -n "${RESULTS:-}" ]; then
+    say "Carried and not"
+    python "$here/carried.py" "$work" --into "$results"
+fi

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples/language_model"
 sys.path[:0] = [str(ROOT / "tests/cli"), str(ROOT / "examples/compare"), str(RECIPES)]
 
+import carried  # noqa: E402
 import results  # noqa: E402
 from commands import run_logged  # noqa: E402
 from grid_in import grid_in  # noqa: E402
@@ -215,6 +216,52 @@ def test_results_between_the_marks(finished, tmp_path, monkeypatch):
     assert "    --task language_modeling --update-rule delta --feature-map elu \\" in lines
     assert str(finished) not in written.read_text()
     assert (written.parent / "wikitext2.svg").is_file() and (written.parent / "wikitext2.png").is_file()
+
+
+# its perplexity says which model it evaluates, and how
+EVALUATION = """#!/bin/bash
+case "$*" in *no-positions*) model=2;; *) model=3;; esac
+case "$*" in *stateful*) way=5;; *) way=4;; esac
+echo "Perplexity: 1.00 | of a subset"
+echo "Loss (base 2): 3, Perplexity: $model$way.25"
+echo once >> "$COUNT"
+"""
+
+
+def test_both_ways_of_reading_between_the_marks(tmp_path, monkeypatch):
+    work, rows = tmp_path / "work", list(carried.ROWS)
+    for chosen in (rows[:1], rows):
+        work.mkdir(exist_ok=True)
+        (work / "grid.yaml").write_text(yaml.safe_dump(grid_in(GRID, work, chosen, smoke=False)))
+        jobs = read_grid(work / "grid.yaml").jobs
+        for job in jobs:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            for step in job.commands:
+                job.file(step, "finished").write_text(job.command(step) + "\n")
+        stand_in = tmp_path / "bin/fairseq-eval-lm"
+        stand_in.parent.mkdir(exist_ok=True)
+        stand_in.write_text(EVALUATION)
+        stand_in.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+        monkeypatch.setenv("COUNT", str(tmp_path / "count"))
+        written = readme(tmp_path / "results")
+        before = written.read_text()
+        monkeypatch.setattr(sys, "argv", ["carried.py", str(work), "--into", str(written.parent)])
+        carried.main()
+        if len(chosen) == 1:
+            assert written.read_text() == before and not (tmp_path / "count").exists()
+    carried.main()
+    assert (tmp_path / "count").read_text().count("once") == 4  # not again
+    found = written.read_text()
+    assert "| trained from nothing (`delta+elu,no-positions`) | 24.2 | 25.2 |" in found
+    assert "| trained carried (`delta+elu,carried`) | 34.2 | 35.2 |" in found
+    (by_hand,) = re.findall(
+        r"```bash\n(fairseq-eval-lm[^`]*--path[^`]*)```", found.split("<!-- carried -->")[1]
+    )
+    words = by_hand.replace("\\\n", " ").split()
+    assert words[words.index("--path") + 1] == f"{carried.USUAL}/runs/{rows[0]},seed=1/checkpoint_best.pt"
+    assert words[words.index("--task") + 1] == "stateful_language_modeling"
+    assert before.split("<!-- carried -->")[0] == found.split("<!-- carried -->")[0]
 
 
 def test_rows_are_asked_for_by_name():
