@@ -7,14 +7,15 @@
 #
 # It needs the extras compare and examples. Stopped, it goes on where it was, row by row. Environment: WORK, the folder
 # of data and runs (default: examples/language_model/wikitext2); JOBS, rows at a time (1); ROWS, the names of some rows;
-# RESULTS, the folder of the README.md into which the results go (default: this one; with --smoke none).
+# UPDATES, how many of each, to see how fast they are; RESULTS, the folder of the README.md into which the results go
+# (default: this one; with --smoke or UPDATES none).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 smoke=
 if [ "${1:-}" = --smoke ]; then smoke=--smoke; shift; fi
-work=$(realpath -m "${WORK:-$here/wikitext2${smoke:+-smoke}}")
+work=$(realpath -m "${WORK:-$here/wikitext2${smoke:+-smoke}${UPDATES:+-$UPDATES}}")
 text=$(realpath -m "${1:-$work/text}")
 results=$(realpath -m "${RESULTS:-$here}")
 command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts
@@ -34,7 +35,7 @@ bash "$here/prepare_text.sh" "$text" "$work/data"
 
 source "$root/examples/compare/run_rows.sh"
 run_rows "$here/wikitext2.yaml"
-if [ -z "$smoke" ] || [ -n "${RESULTS:-}" ]; then
+if [ -z "$smoke${UPDATES:-}" ] || [ -n "${RESULTS:-}" ]; then
     say "Carried and not"
     python "$here/carried.py" "$work" --into "$results"
 fi

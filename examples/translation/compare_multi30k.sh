@@ -6,15 +6,16 @@
 #     bash examples/translation/compare_multi30k.sh --smoke FOLDER   # two updates of three rows on a little of it
 #
 # It needs the extra examples. Stopped, it goes on where it was, row by row. Environment: WORK, the folder of data and
-# runs (default: examples/translation/multi30k); JOBS, rows at a time (1); ROWS, the names of some rows; RESULTS, the
-# folder of the README.md into which the results go (default: this one; with --smoke none).
+# runs (default: examples/translation/multi30k); JOBS, rows at a time (1); ROWS, the names of some rows; UPDATES, how
+# many of each, to see how fast they are; RESULTS, the folder of the README.md into which the results go (default: this
+# one; with --smoke or UPDATES none).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 smoke=
 if [ "${1:-}" = --smoke ]; then smoke=--smoke; shift; fi
-work=$(realpath -m "${WORK:-$here/multi30k${smoke:+-smoke}}")
+work=$(realpath -m "${WORK:-$here/multi30k${smoke:+-smoke}${UPDATES:+-$UPDATES}}")
 text=${1:+$(realpath -m "$1")}
 results=$(realpath -m "${RESULTS:-$here}")
 command -v fairseq-train > /dev/null || PATH=$root/.venv/bin:$PATH  # an environment that is activated counts

@@ -102,8 +102,9 @@ def test_other_streams_after_a_stop_begin_the_epoch_anew_and_say_so(data, tmp_pa
     ]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):
-    flags = ["--dropout", "0", "--optimizer", "sgd", "--lr", "0.5", "--attention-normalization", "true"]
+@pytest.mark.parametrize("kind", ["normalized", "accumulated"])
+def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path, kind):
+    flags = ["--dropout", "0", "--optimizer", "sgd", "--lr", "0.5", *RUNS[kind]]
     # stopped and resumed inside the epoch: each rank gets its streams back
     for updates in (2, 3):
         arguments = [data.words, *MODEL, *TASK, *TRAIN, *flags, "--batch-size", 4]
