@@ -116,6 +116,11 @@ VARIANTS = {
     ),
     "fast_weight_transformer_tiny": ("translation", " ".join(SOFTMAX)),
     "fast_weight_lm_tiny": ("language_modeling", "--update-rule softmax"),
+    "fast_weight_lm_wt103_small": (
+        "language_modeling",
+        "--update-rule softmax --adaptive-input-cutoff 5,9 --adaptive-softmax-cutoff 5,9 --decoder-input-dim 16 "
+        "--decoder-output-dim 16 --criterion adaptive_loss --ddp-backend legacy_ddp",
+    ),
 }
 
 
