@@ -33,7 +33,8 @@ pairs=${PAIRS:-$work/pairs}
 if [ -z "${PAIRS:-}" ]; then
     mkdir "$pairs"
     for split in train valid test; do
-        grep -v '^ *$' "$text/$split.txt" | cut -d ' ' -f -30 | head -n 300 > "$pairs/$split.en"
+        # not with head, which would break the pipe of a long text
+        awk 'NF && ++n <= 300 { if (NF > 30) NF = 30; $1 = $1; print }' "$text/$split.txt" > "$pairs/$split.en"
         awk '{ for (i = NF; i > 1; i--) printf "%s ", $i; print $1 }' "$pairs/$split.en" > "$pairs/$split.de"
     done
 fi
