@@ -1,9 +1,9 @@
-"""Evaluates two of compare_wikitext2.sh's models both ways, carried and not, and writes the table into README.md.
+"""Evaluates models of compare_wikitext2.sh both ways, carried and not, and writes the table into README.md.
 
     python carried.py WORK [--into FOLDER]     # WORK as for compare_wikitext2.sh; FOLDER holds the README.md
 
-Four evaluations of the test text, a minute or less each; what is evaluated is not done again. compare_wikitext2.sh
-calls it; before both rows are finished it does nothing.
+Of each rule of RULES whose rows are both finished, trained carried and not: four evaluations of the test text, a minute
+or less each; what is evaluated is not done again. compare_wikitext2.sh calls it.
 """
 
 import re
@@ -21,7 +21,8 @@ from fairseq_fastweights.compare.grid import Grid, Job, program, read_grid  # no
 from fairseq_fastweights.compare.tables import markdown  # noqa: E402
 
 USUAL = "examples/language_model/wikitext2"
-ROWS = {"delta+elu,no-positions": "from nothing", "delta+elu,carried": "carried"}
+RULES = ("delta+elu", "gated-delta+elu")
+WAYS = {"no-positions": "from nothing", "carried": "carried"}  # by the end of a row's name
 PERPLEXITY = re.compile(r"\bPerplexity: ([\d.]+)")
 
 
@@ -44,15 +45,30 @@ def perplexity(words: list[str], log: Path) -> float:
     return float(PERPLEXITY.findall(log.read_text())[-1])
 
 
-def text(grid: Grid, jobs: dict[str, Job], found: dict[tuple[str, str], float]) -> str:
-    """What stands between the marks of README.md."""
+def finished_pairs(grid: Grid) -> list[list[Job]]:
+    """Of each rule that is ready, its jobs in the order of WAYS."""
+    jobs = {job.name: job for job in grid.jobs}
+    pairs = [[jobs.get(f"{rule},{end},seed=1") for end in WAYS] for rule in RULES]
+    return [pair for pair in pairs if all(job and not job.next_step() for job in pair)]
+
+
+def row_of(job: Job) -> str:
+    return job.name.removesuffix(",seed=1")
+
+
+def text(grid: Grid, pairs: list[list[Job]], found: dict[tuple[str, str], float]) -> str:
+    """What stands between the marks of README.md; found: by row and way of reading."""
     rows = [
-        [f"trained {way} (`{row}`)", *(f"{found[row, reading]:.1f}" for reading in jobs)]
-        for row, way in ROWS.items()
+        [
+            f"trained {trained} (`{row_of(job)}`)",
+            *(f"{found[row_of(job), read]:.1f}" for read in WAYS.values()),
+        ]
+        for pair in pairs
+        for job, trained in zip(pair, WAYS.values(), strict=True)
     ]
-    titles = ["test perplexity per piece", *(f"read {way}" for way in ROWS.values())]
+    titles = ["test perplexity per piece", *(f"read {way}" for way in WAYS.values())]
     by_hand = command_of(
-        Grid(grid.out, [Job("", grid.out, {"evaluate": command(*jobs.values())})]),
+        Grid(grid.out, [Job("", grid.out, {"evaluate": command(*pairs[0])})]),
         "",
         "evaluate",
         USUAL,
@@ -67,18 +83,20 @@ def text(grid: Grid, jobs: dict[str, Job], found: dict[tuple[str, str], float]) 
 def main() -> None:
     args = arguments(__doc__, HERE)
     grid = read_grid(args.work / "grid.yaml")
-    jobs = {row: job for row in ROWS for job in grid.jobs if job.name == f"{row},seed=1"}
-    if len(jobs) < len(ROWS) or any(job.next_step() for job in jobs.values()):
-        print(f"carried.py: {' and '.join(ROWS)} are not both finished")
+    pairs = finished_pairs(grid)
+    if not pairs:
+        ends = " and ".join(WAYS)
+        print(f"carried.py: of none of {', '.join(RULES)} are both {ends} finished")
         return
     found = {
-        (row, reading): perplexity(
-            command(jobs[row], jobs[reading]), args.work / "carried" / f"{row} {way}.log"
+        (row_of(job), way): perplexity(
+            command(job, reading), args.work / "carried" / f"{row_of(job)} {way}.log"
         )
-        for row in ROWS
-        for reading, way in ROWS.items()
+        for pair in pairs
+        for job in pair
+        for reading, way in zip(pair, WAYS.values(), strict=True)
     }
-    write_between_marks(args.into / "README.md", text(grid, jobs, found), "carried")
+    write_between_marks(args.into / "README.md", text(grid, pairs, found), "carried")
     print(f"written into {args.into / 'README.md'}")
 
 

@@ -223,7 +223,7 @@ class _figure:
 
     def _write(self) -> None:
         handles, labels = self.axes.get_legend_handles_labels()
-        columns = max(1, min(3, int(66 / (max(map(len, labels), default=0) + 8))))
+        columns = max(1, min(3, int(72 / (max(map(len, labels), default=0) + 8))))
         lines = -(-len(labels) // columns)
         self.figure.set_size_inches(WIDTH, HEIGHT + LEGEND_LINE * lines)
         if labels:

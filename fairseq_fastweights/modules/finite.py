@@ -6,6 +6,7 @@ import math
 from typing import Iterator, List, Optional, Set, Tuple
 
 import torch
+from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor, nn
 
 from .fast_weight_attention import FastWeightAttention
@@ -77,12 +78,14 @@ class Watch(Instrument):
             return
         self.hooked = True
         (model,) = self.watched
-        model.register_forward_pre_hook(self.begin)
-        model.register_forward_hook(self.end)
+        # fairseq's criterion calls an adaptive softmax after the model: a pass of its own
+        for whole in (model, *(part for part in model.modules() if isinstance(part, AdaptiveSoftmax))):
+            whole.register_forward_pre_hook(self.begin)
+            whole.register_forward_hook(self.end)
         for name, module in watched_modules(model):
             module.register_forward_hook(functools.partial(self.see, name))
 
-    def begin(self, model: nn.Module, inputs: tuple) -> None:
+    def begin(self, whole: nn.Module, inputs: tuple) -> None:
         self.trace.bounds = []
 
     def see(self, name: str, module: nn.Module, inputs: tuple, output) -> None:
@@ -94,7 +97,7 @@ class Watch(Instrument):
                 bounds = torch.stack(torch.aminmax(x.detach())).float()
                 self.trace.bounds.append((name, kind, bounds))
 
-    def end(self, model: nn.Module, inputs: tuple, output) -> None:
+    def end(self, whole: nn.Module, inputs: tuple, output) -> None:
         first = self.trace.first_wrong()
         self.trace.bounds = None
         if first is not None:

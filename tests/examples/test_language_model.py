@@ -221,6 +221,7 @@ def test_results_between_the_marks(finished, tmp_path, monkeypatch):
 # its perplexity says which model it evaluates, and how
 EVALUATION = """#!/bin/bash
 case "$*" in *no-positions*) model=2;; *) model=3;; esac
+case "$*" in *gated*) model=1$model;; esac
 case "$*" in *stateful*) way=5;; *) way=4;; esac
 echo "Perplexity: 1.00 | of a subset"
 echo "Loss (base 2): 3, Perplexity: $model$way.25"
@@ -229,8 +230,9 @@ echo once >> "$COUNT"
 
 
 def test_both_ways_of_reading_between_the_marks(tmp_path, monkeypatch):
-    work, rows = tmp_path / "work", list(carried.ROWS)
-    for chosen in (rows[:1], rows):
+    work = tmp_path / "work"
+    first, second = ([f"{rule},{end}" for end in carried.WAYS] for rule in carried.RULES)
+    for chosen, evaluations in ((first[:1], 0), (first, 4), (first + second, 8)):
         work.mkdir(exist_ok=True)
         (work / "grid.yaml").write_text(yaml.safe_dump(grid_in(GRID, work, chosen, smoke=False)))
         jobs = read_grid(work / "grid.yaml").jobs
@@ -248,18 +250,18 @@ def test_both_ways_of_reading_between_the_marks(tmp_path, monkeypatch):
         before = written.read_text()
         monkeypatch.setattr(sys, "argv", ["carried.py", str(work), "--into", str(written.parent)])
         carried.main()
-        if len(chosen) == 1:
-            assert written.read_text() == before and not (tmp_path / "count").exists()
-    carried.main()
-    assert (tmp_path / "count").read_text().count("once") == 4  # not again
-    found = written.read_text()
+        found, count = written.read_text(), tmp_path / "count"
+        assert (found == before) == (not evaluations)
+        assert (count.read_text().count("once") if count.exists() else 0) == evaluations  # none again
     assert "| trained from nothing (`delta+elu,no-positions`) | 24.2 | 25.2 |" in found
     assert "| trained carried (`delta+elu,carried`) | 34.2 | 35.2 |" in found
+    assert "| trained from nothing (`gated-delta+elu,no-positions`) | 124.2 | 125.2 |" in found
+    assert "| trained carried (`gated-delta+elu,carried`) | 134.2 | 135.2 |" in found
     (by_hand,) = re.findall(
         r"```bash\n(fairseq-eval-lm[^`]*--path[^`]*)```", found.split("<!-- carried -->")[1]
     )
     words = by_hand.replace("\\\n", " ").split()
-    assert words[words.index("--path") + 1] == f"{carried.USUAL}/runs/{rows[0]},seed=1/checkpoint_best.pt"
+    assert words[words.index("--path") + 1] == f"{carried.USUAL}/runs/{first[0]},seed=1/checkpoint_best.pt"
     assert words[words.index("--task") + 1] == "stateful_language_modeling"
     assert before.split("<!-- carried -->")[0] == found.split("<!-- carried -->")[0]
 

@@ -86,6 +86,22 @@ def test_an_overflow_of_a_residual_is_the_input_of_what_comes_next(warned):
     assert line == "first non-finite value: decoder.layers.0.final_layer_norm, tensor input (inf), update 7"
 
 
+@pytest.mark.parametrize("layer", ["head", "tail.0.0"])
+def test_an_adaptive_softmax_is_a_pass_of_its_own(warned, caplog, layer):
+    """It runs in the criterion, after the model."""
+    model = training("lm", adaptive_softmax_cutoff="8,12")
+    softmax, target = model.decoder.adaptive_softmax, source_batch(left_pad=False)[0]
+    softmax(call(model), target)
+    assert model.finite_watch.trace.bounds is None
+    poison(model, f"decoder.adaptive_softmax.{layer}.weight")
+    assert warned(model) == []
+    with caplog.at_level(logging.WARNING, "fairseq_fastweights"):
+        softmax(call(model), target)
+    (record,) = caplog.records
+    place = f"decoder.adaptive_softmax.{layer}"
+    assert record.getMessage() == f"first non-finite value: {place}, tensor output (nan), update 7"
+
+
 def test_fast_weights_are_named_as_before_and_what_follows_is_not_blamed(warned):
     model = training("lm")
     poison(model, "decoder.layers.0.self_attn.v_proj.weight")
